@@ -1,0 +1,377 @@
+"""The state machine, driven by scripts, at random, and with nonsense."""
+import pickle
+import random
+from collections import Counter
+
+import pytest
+from helpers import TOKENIZERS, random_forks, random_text, random_trajectory, rngs
+
+from threadweaver_ref.forkjoin import MODES, ForkJoin, Limits, ThreadError, play, replay, units
+from threadweaver_ref.merge import get_join
+from threadweaver_ref.tasks import sum_of_products, trace
+from threadweaver_ref.tokens import (
+    CONTROL_TOKENS,
+    Fork,
+    FormatError,
+    Text,
+    Thread,
+    check_format,
+    control_ids,
+    encode_prompt,
+    encode_text,
+    parse,
+    render,
+)
+from threadweaver_ref.tree import tree_mask
+
+char = TOKENIZERS["char"]()
+tokenizers = pytest.mark.parametrize("tokenizer", [f() for f in TOKENIZERS.values()], ids=TOKENIZERS)
+
+
+def start(question="12*3+4*5?", tokenizer=char, **options):
+    return ForkJoin(encode_prompt(tokenizer, question), tokenizer, **options)
+
+
+def say(machine, name, text, *rest):
+    "Feed the branch of that name; the names of who is ready then."
+    machine.feed(next(b for b in machine.ready if b.name == name), encode_text(char, text), *rest)
+    return [b.name for b in machine.ready]
+
+
+def block(*lines): return "<Parallel><Outlines>" + "".join(f"<Outline>{l}</Outline>" for l in lines) + "</Outlines>"
+TWO = block("1:p", "2:q")
+
+
+# ---- the running example
+
+def test_running_example():
+    problem = sum_of_products([(12, 3), (4, 5)])
+    recorded, machine = trace(problem), start()
+    one, two = (t.body[0].text + "</Thread>" for t in recorded[0].threads)
+    outlines = block("1:a=12*3", "2:b=4*5")
+    assert say(machine, "trunk", outlines) == ["1", "2"]
+    contexts = {b.name: char.decode(b.context_ids) for b in machine.ready}
+    assert contexts == {i: f"12*3+4*5?{outlines}<Thread>{i}:" for i in "12"}
+    assert say(machine, "2", two) == ["1"]
+    assert say(machine, "1", one) == ["trunk"]
+    assert char.decode(machine.trunk.context_ids) == f"12*3+4*5?{outlines}<Thread>1:{one}<Thread>2:{two}</Parallel>"
+    say(machine, "trunk", recorded[1].text + "<eos>")
+    assert machine.done and machine.finish_reason == "stop" and machine.trajectory == recorded and not machine.errors
+    assert machine.tree == replay(recorded, encode_prompt(char, problem.question), char)
+
+
+def unit_texts(before, nodes, end="<eos>"):
+    "What the state machine must ask for, written from the paper's description, in text."
+    said = ""
+    for node in nodes:
+        if isinstance(node, Text): said += node.text
+        else:
+            said += block(*(f"{i}:{o}" for i, o in enumerate(node.outlines, 1)))
+            yield before, said
+            before, said = before + said, ""
+            for i, t in enumerate(node.threads, 1):
+                conclusion = "" if t.conclusion is None else f"<Conclusion>{t.conclusion}</Conclusion>"
+                yield from unit_texts(f"{before}<Thread>{i}:", t.body, conclusion + "</Thread>")
+            before += "".join(render([Fork([], [t])]).replace("<Parallel><Outlines></Outlines><Thread>1:", f"<Thread>{i}:", 1)
+                              .removesuffix("</Parallel>") for i, t in enumerate(node.threads, 1)) + "</Parallel>"
+    yield before, said + end
+
+
+@tokenizers
+def test_units_in_text(tokenizer):
+    for rng in rngs(60, "units"):
+        trajectory = random_trajectory(rng, 3, conclusions=True)
+        made = units(trajectory, encode_prompt(tokenizer, "7?"), tokenizer)
+        decode = lambda ids: tokenizer.decode(ids).replace(tokenizer.eos_token, "<eos>")
+        assert Counter((decode(c), decode(w)) for c, w in made) == Counter(unit_texts("7?", trajectory))
+
+
+# ---- replay
+
+@tokenizers
+def test_replay_is_the_rollout(tokenizer):
+    for rng in rngs(60, "replay"):
+        trajectory, prompt = random_trajectory(rng, 3, conclusions=True), encode_prompt(tokenizer, random_text(rng))
+        tree = replay(trajectory, prompt, tokenizer)
+        machine = [*play(trajectory, prompt, tokenizer, rng=rng)][-1][0]
+        assert machine.tree == tree and not machine.errors and machine.finish_reason == "stop"
+        assert machine.trajectory == trajectory == parse(machine.text) and not check_format(machine.text)
+        assert replay(machine.trajectory, prompt, tokenizer) == tree
+
+
+@tokenizers
+def test_one_line_has_the_ids_of_the_joined_line(tokenizer):
+    for rng in rngs(20, "line"):
+        trajectory, prompt = random_forks(rng), encode_prompt(tokenizer, "7?")
+        machine = [*play(trajectory, prompt, tokenizer)][-1][0]
+        for mode in ("sequential", "autoregressive"):
+            tree = replay(trajectory, prompt, tokenizer, mode=mode)
+            assert tree.ids == [prompt, machine.trunk.context_ids[len(prompt):]] and tree.sampled == [False, True]
+            flat = ForkJoin(prompt, tokenizer, mode=mode)
+            flat.feed(flat.trunk, tree.ids[1])
+            assert flat.tree == tree == replay(flat.trajectory, prompt, tokenizer, mode=mode)
+            assert flat.text == render(trajectory) and not flat.errors
+    with pytest.raises(ValueError, match="unknown mode 'x'"): replay(trajectory, prompt, tokenizer, mode="x")
+
+
+@pytest.mark.parametrize("fork, rule", [(Fork(["a"], [Thread([])]), "too_few_outlines"), (Fork(["a", "b"], [Thread([])]), "thread_count"),
+                                        (Fork(["a", "<Thread>"], [Thread([])] * 2), "tag_outside_block")])
+def test_replay_of_what_cannot_be(fork, rule):
+    with pytest.raises(FormatError) as caught: replay([fork], [20], char)
+    assert caught.value.rule == rule
+
+
+# ---- at random
+
+def soup(rng, branch, tokenizer=char):
+    "Random tokens that `branch` might write, control tokens and unknown ones among them, cut at the first stop token."
+    write = lambda text: encode_text(tokenizer, text)
+    parts = [[rng.randrange(len(tokenizer) + 9)], write(rng.choice(CONTROL_TOKENS)), write(random_text(rng, 4)),
+             write(block(*(f"{i}:x" for i in range(1, rng.randint(1, 5))))), [rng.choice(branch.stop_ids)]]
+    ids = [i for part in rng.choices(parts, [3, 3, 2, 9, 2], k=rng.randint(1, 6)) for i in part][:branch.budget]
+    stop = next((k for k, i in enumerate(ids) if i in branch.stop_ids), None)
+    return ids if stop is None else ids[:stop + 1]
+
+
+def check_state(machine, limits):
+    sampled = sum(len(ids) for ids, s in zip(machine.tree.ids, machine.tree.sampled, strict=True) if s)
+    assert sampled <= limits.max_tokens
+    assert all(1 <= b.budget <= limits.max_tokens and b.depth <= limits.max_depth and b.forks <= limits.max_forks for b in machine.ready)
+    assert all(b.used + b.budget <= limits.max_thread_tokens for b in machine.ready if b.path)
+    assert sum(b.budget for b in machine.ready) + sampled <= limits.max_tokens
+    assert bool(machine.ready) != machine.done
+    assert all(i <= limits.max_threads for b in machine.branches for _, i in b.path)
+    return sampled
+
+
+def rollout(rng, tokenizer=char, mode="parallel"):
+    "Drive a machine with nonsense in random order until it ends."
+    limits = Limits(rng.randint(2, 5), rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 300), rng.randint(1, 100))
+    machine, fed, cut = start(tokenizer=tokenizer, limits=limits, mode=mode), 0, False
+    while not machine.done:
+        sampled = check_state(machine, limits)
+        assert sampled == fed
+        branch = rng.choice(machine.ready)
+        if rng.random() < .03:
+            victim = rng.choice(machine.branches)
+            if not victim.closed:
+                cut |= victim is machine.trunk and victim.threads is not None
+                machine.cancel(victim)
+                continue
+        ids = soup(rng, branch, tokenizer)
+        ended = bool(ids) and ids[-1] in branch.stop_ids
+        if not ended and rng.random() < .7 and branch.budget > len(ids):   # mostly, it goes on to a stop token
+            ids, ended = [*ids, rng.choice(branch.stop_ids)], True
+        fed += len(ids)
+        machine.feed(branch, ids, "stop" if ended else rng.choice(["length", "cancelled", "error"]), [-float(i) for i in ids])
+        assert isinstance(machine.text, str)
+    assert check_state(machine, limits) == fed
+    return machine, cut
+
+
+@tokenizers
+@pytest.mark.parametrize("part", range(2))
+def test_soup(part, tokenizer):
+    "2,000 rollouts of random tokens: no crash, no limit exceeded, an end, a tree that packs, and replays to itself."
+    forks = joins = 0
+    for rng in rngs(500, f"soup{part}"):
+        machine, cut = rollout(rng, tokenizer)
+        packed = machine.tree.pack()
+        assert len(packed) == sum(map(len, machine.tree.ids)) and tree_mask(packed).diagonal().all()
+        assert all(isinstance(e.rule, str) for e in machine.errors)
+        assert all(probs == [-float(i) for i in machine.tree.ids[s]] for s, probs in machine.logprobs.items())
+        assert set(machine.logprobs) == {s for s, sampled in enumerate(machine.tree.sampled) if sampled}
+        forks += bool(machine.trunk.forks)
+        if cut: continue   # ended while its threads were at work: nothing to replay
+        joins += any(isinstance(n, Fork) for n in machine.trajectory)
+        assert replay(machine.trajectory, machine.tree.ids[0], tokenizer, finish_reason=machine.finish_reason) == machine.tree
+    assert forks > 150 and joins > 100
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_soup_in_one_line(mode):
+    for rng in rngs(100, mode):
+        machine, _ = rollout(rng, mode=mode)
+        assert len(machine.tree) <= 2 and machine.trunk.forks == 0
+
+
+def test_order_does_not_matter():
+    "Branches that write what their path tells them, under tight limits, fed in any order: one tree."
+    def grown(seed, order):
+        limits = Limits(max_tokens=random.Random(seed).randint(20, 250), max_thread_tokens=60, max_threads=3)
+        machine, visits = start(limits=limits), Counter()
+        while not machine.done:
+            branch = order.choice(machine.ready)
+            visits[branch.path] += 1
+            ids = soup(random.Random(f"{seed} {branch.path} {visits[branch.path]}"), branch)
+            machine.feed(branch, ids, "stop" if ids and ids[-1] in branch.stop_ids else "length")
+        return machine
+    for seed in range(60):
+        one, *others = (grown(seed, random.Random(f"{seed} order {k}")) for k in range(4))
+        for other in others:
+            assert other.tree == one.tree and other.text == one.text and other.finish_reason == one.finish_reason
+            assert sorted(map(str, other.errors)) == sorted(map(str, one.errors))
+
+
+def test_no_barrier():
+    machine = start()
+    steps = [("trunk", TWO), ("2", TWO), ("2.1", "u</Thread>"), ("2.2", TWO), ("2.2.2", "</Thread>"), ("2.2.1", "</Thread>"),
+             ("2.2", "</Thread>"), ("2", "done</Thread>")]
+    assert [say(machine, *s) for s in steps][-1] == ["1"]   # thread 1 has not written a token
+    assert say(machine, "1", "</Thread>") == ["trunk"]
+
+
+# ---- bad input
+
+BAD_BLOCKS = [
+    (block("1:a"), "too_few_outlines"), (block(), "too_few_outlines"), (block("1:a", "1:b", "3:c"), "outline_numbering"),
+    (block("1:a", "3:b"), "outline_numbering"), (block("0:a", "1:b"), "outline_numbering"), (block("a", "b"), "outline_numbering"),
+    (block("1:a", "2:b").replace("</Outline><", "</Outline>and<"), "text_between_tags"),
+    ("<Parallel>so <Outlines><Outline>1:a</Outline><Outline>2:b</Outline></Outlines>", "text_between_tags"),
+    ("<Parallel><Outline>1:a</Outline><Outline>2:b</Outline></Outlines>", "missing_outlines"),
+    ("</Outlines>", "close_without_open"), ("<Outlines></Outlines>", "close_without_open"), (block(*"12345"), "outline_numbering"),
+    (block(*(f"{i}:x" for i in range(1, 6))), "max_threads"), (block("1:a", "2:b</Thread>"), "close_without_open"),
+]
+
+
+@pytest.mark.parametrize("text, rule", BAD_BLOCKS, ids=range(len(BAD_BLOCKS)))
+def test_malformed_outlines_stay_text(text, rule):
+    machine = start(limits=Limits(max_threads=4))
+    assert say(machine, "trunk", "so " + text) == ["trunk"]
+    say(machine, "trunk", "56<eos>")
+    assert rule in [e.rule for e in machine.errors] and machine.text == f"so {text}56" and machine.finish_reason == "stop"
+    inside = start(limits=Limits(max_threads=4))
+    say(inside, "trunk", TWO)
+    if "</Thread>" not in text:
+        assert say(inside, "2", text) == ["1", "2"]
+        say(inside, "2", "</Thread>"); say(inside, "1", "</Thread>"); say(inside, "trunk", "<eos>")
+        assert rule in [e.rule for e in inside.errors] and inside.text == f"{TWO}<Thread>1:</Thread><Thread>2:{text}</Thread></Parallel>"
+
+
+def test_a_good_block_behind_a_bad_one_forks():
+    machine = start()
+    say(machine, "trunk", block("1:a"))
+    assert say(machine, "trunk", "no. " + TWO) == ["1", "2"]
+    assert [type(n) for n in machine.trajectory] == [Text, Fork] and machine.trajectory[0].text == block("1:a") + "no. "
+
+
+def test_depth_forks_and_tokens():
+    machine = start(limits=Limits(max_depth=1, max_forks=1))
+    steps = [("trunk", TWO), ("1", TWO), ("1", "</Thread>"), ("2", "</Thread>"), ("trunk", TWO), ("trunk", "<eos>")]
+    for step in steps: say(machine, *step)
+    assert [e.rule for e in machine.errors] == ["max_depth", "max_forks"] and machine.finish_reason == "stop"
+    short = start(limits=Limits(max_tokens=len(encode_text(char, TWO)) + 1))
+    assert say(short, "trunk", TWO) == ["trunk"] and short.errors[0].rule == "max_tokens"
+    say(short, "trunk", "<eos>")
+    assert short.finish_reason == "stop"
+
+
+def test_thread_that_does_not_end():
+    machine = start(limits=Limits(max_thread_tokens=5))
+    steps = [("trunk", block("1:a", "2:b", "3:c")), ("1", "xy<eos>", "stop", [-1, -2, -3]), ("2", "12345", "length")]
+    for step in steps: say(machine, *step)
+    machine.cancel(machine.ready[0])
+    say(machine, "trunk", "56<eos>")
+    assert [(e.rule, e.path) for e in machine.errors] == [("end of sequence", "1"), ("length", "2"), ("cancelled", "3")]
+    assert machine.text == block("1:a", "2:b", "3:c") + "<Thread>1:xy</Thread><Thread>2:12345</Thread><Thread>3:</Thread></Parallel>56"
+    assert machine.finish_reason == "stop"
+    stray = next(s for s, ids in enumerate(machine.tree.ids) if ids == [machine.eos])   # scored, but seen by nobody
+    assert machine.tree.sampled[stray] and machine.logprobs[stray] == [-3] and not any(stray in p for p in machine.tree.parents)
+    assert machine.eos not in machine.trunk.context_ids[:-1]
+
+
+def test_budget_spent():
+    machine = start(limits=Limits(max_tokens=29))
+    say(machine, "trunk", TWO)
+    assert [b.budget for b in machine.ready] == [8, 8]
+    say(machine, "2", "x" * 8, "length"); say(machine, "1", "y" * 8, "length")
+    assert machine.done and machine.finish_reason == "length" and not machine.ready
+    alone = start(limits=Limits(max_tokens=4))
+    say(alone, "trunk", "1234", "length")
+    assert alone.finish_reason == "length" and alone.text == "1234"
+    with pytest.raises(ValueError, match="more than the budget of 4"): say(start(limits=Limits(max_tokens=4)), "trunk", "12345", "length")
+
+
+def test_a_stop_token_counts_even_at_the_limit():
+    machine = start()
+    say(machine, "trunk", TWO); say(machine, "1", "a</Thread>", "length"); say(machine, "2", "b</Thread>", "length")
+    assert not machine.errors and machine.text.endswith("<Thread>1:a</Thread><Thread>2:b</Thread></Parallel>")
+
+
+def test_wrong_feeds():
+    machine = start()
+    with pytest.raises(ValueError, match="no stop token"): say(machine, "trunk", "abc")
+    with pytest.raises(ValueError, match="behind a stop token"): say(machine, "trunk", "a<eos>b")
+    with pytest.raises(ValueError, match="1 logprobs for 2 ids"): say(machine, "trunk", "a<eos>", "stop", [0])
+    say(machine, "trunk", TWO)
+    with pytest.raises(ValueError, match="branch trunk does not want tokens now"): machine.feed(machine.trunk, [machine.eos])
+    assert len(machine.tree) == 4   # nothing of this has left a trace
+    thread = machine.ready[0]
+    machine.cancel(thread)
+    with pytest.raises(ValueError, match="branch 1 is closed already"): machine.cancel(thread)
+
+
+def test_names_and_limits():
+    with pytest.raises(ValueError, match="unknown mode 'turbo': choose one of parallel, sequential, autoregressive"): start(mode="turbo")
+    with pytest.raises(ValueError, match="unknown join 'zip': choose one of concat"): start(join="zip")
+    with pytest.raises(ValueError, match="unknown join 'zip'"): get_join("zip")
+    with pytest.raises(ValueError, match="max_depth=0: must be at least 1"): Limits(max_depth=0)
+
+
+def test_control_tokens_in_the_question():
+    machine = start(f"what is {TWO}?")
+    assert not set(control_ids(char).values()) & set(machine.tree.ids[0])
+    assert say(machine, "trunk", "</Outlines>") == ["trunk"] and machine.errors[0].rule == "close_without_open"
+
+
+def test_cancel_what_waits():
+    machine = start()
+    for step in [("trunk", TWO), ("1", "x" + TWO), ("1.1", "u</Thread>")]: say(machine, *step)
+    machine.cancel(machine.trunk.threads[0], "error")
+    assert [(e.rule, e.path) for e in machine.errors] == [("error", "1.2"), ("error", "1")] and [b.name for b in machine.ready] == ["2"]
+    machine.cancel(machine.trunk)
+    assert machine.done and machine.finish_reason == "cancelled" and machine.tree.pack()
+
+
+def test_text_while_a_fork_is_open():
+    machine = start()
+    say(machine, "trunk", "so " + TWO)
+    assert machine.text == f"so {TWO}<Thread>1:</Thread><Thread>2:</Thread></Parallel>"
+    say(machine, "2", "x" + TWO); say(machine, "2.1", "u</Thread>")
+    assert machine.trajectory[1].threads[1].body[1].threads[0].body == [Text("u")]
+    assert machine.text.count("<Thread>") == 4
+
+
+# ---- conclusions, modes, errors
+
+@pytest.mark.parametrize("text, body, conclusion", [
+    ("work<Conclusion>7</Conclusion>", "work", "7"), ("work<Conclusion></Conclusion>", "work", ""), ("work", "work", None),
+    ("<Conclusion>7", "<Conclusion>7", None), ("<Conclusion>7</Conclusion>x", "<Conclusion>7</Conclusion>x", None),
+    ("<Conclusion>1</Conclusion><Conclusion>2</Conclusion>", "<Conclusion>1</Conclusion><Conclusion>2</Conclusion>", None)])
+def test_conclusions(text, body, conclusion):
+    machine = start()
+    say(machine, "trunk", TWO); say(machine, "1", text + "</Thread>"); say(machine, "2", "</Thread>"); say(machine, "trunk", "<eos>")
+    assert machine.trajectory[0].threads[0] == Thread([Text(body)], conclusion)
+    assert machine.text == f"{TWO}<Thread>1:{text}</Thread><Thread>2:</Thread></Parallel>"
+    assert replay(machine.trajectory, machine.tree.ids[0], char) == machine.tree
+
+
+def test_modes():
+    c = control_ids(char)
+    seen = {mode: (start(mode=mode).trunk.stop_ids, start(mode=mode).trunk.banned_ids) for mode in MODES}
+    eos = char.eos_token_id
+    assert seen == {"parallel": ((c["</Outlines>"], eos), ()), "sequential": ((eos,), (c["<Parallel>"],)), "autoregressive": ((eos,), ())}
+    machine = start()
+    say(machine, "trunk", TWO)
+    assert machine.ready[0].stop_ids == (c["</Outlines>"], c["</Thread>"], eos)
+
+
+def test_errors_survive_pickling():
+    error = pickle.loads(pickle.dumps(ThreadError("length", "2.1")))
+    assert (error.rule, error.path, str(error)) == ("length", "2.1", "length in thread 2.1")
+
+
+def test_tokenizer_without_control_tokens():
+    from transformers import PreTrainedTokenizerFast
+    bare = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["char"]().backend_tokenizer, unk_token="<unk>")
+    with pytest.raises(ValueError, match="no end-of-sequence token"): ForkJoin([20], bare)

@@ -1,0 +1,402 @@
+"Problems: working against Python's arithmetic, traces, the oracle against brute force, GSM8K's graphs, held-out questions."
+import json
+import operator
+import random
+import re
+from itertools import permutations
+
+import pytest
+
+from threadweaver_ref import tasks
+from threadweaver_ref.gsm8k import read_jsonl
+from threadweaver_ref.tasks import (
+    BENCH_FAMILIES,
+    FAMILIES,
+    NAMES,
+    TRACES,
+    Graph,
+    LeftOut,
+    Problem,
+    Step,
+    bench,
+    count_tokens,
+    data_dir,
+    extract_answer,
+    family,
+    from_json,
+    get_family,
+    grade,
+    gsm8k_graphs,
+    gsm8k_steps,
+    held_out,
+    levels,
+    oracle,
+    plain,
+    sum_of_products,
+    to_json,
+    trace,
+    training_problem,
+    work,
+    write_bench,
+    write_gsm8k,
+)
+from threadweaver_ref.tokens import Fork, Text, char_tokenizer, check_format, render
+
+PYTHON = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+TOKENIZER = char_tokenizer()
+RUNNING = sum_of_products([(12, 3), (4, 5)])
+
+
+def samples(name, n, seed=0):
+    rng = random.Random(f"{name} {seed}")
+    return [FAMILIES[name](rng) for _ in range(n)]
+
+
+# ---- working
+
+def number(digits): return int(plain(digits)[::-1])   # lowest digit first
+
+
+def random_pair(rng, op):
+    size = rng.randint(1, 8)
+    a, b = rng.randint(0, 10 ** size), rng.randint(0, 10 ** rng.randint(1, size))
+    if op == "-" and a < b: a, b = b, a
+    return (a * (b % 10 + 1), b % 10 + 1) if op == "/" else (a, b)
+
+
+@pytest.mark.parametrize("op", "+-*/")
+def test_working_ends_in_the_right_number(op):
+    rng = random.Random(op)
+    for _ in range(2000):
+        a, b = random_pair(rng, op)
+        line = work(Step("x", op, (a, b), ""), {})
+        head, result = line.removesuffix(";").split("=", 1)[1], line.removesuffix(";").rpartition("=")[2]
+        left, right = re.match(r"(\d+)[-+*/](\d+)[:=]", head).groups()
+        assert (number(left), number(right)) == (a, b) and number(result) == PYTHON[op](a, b)
+
+
+def test_circles_mark_the_carries():
+    rng = random.Random(0)
+    for _ in range(2000):
+        a, b = random_pair(rng, "+")
+        digits = work(Step("x", "+", (a, b), ""), {}).removesuffix(";").rpartition("=")[2]
+        for k in range(max(len(str(a)), len(str(b)))):
+            carries = (a % 10 ** (k + 1)) + (b % 10 ** (k + 1)) >= 10 ** (k + 1)
+            assert digits[k].isdecimal() != carries
+
+
+def test_every_entry_of_a_product_is_right():
+    rng = random.Random(1)
+    for _ in range(1000):
+        a, b = random_pair(rng, "*")
+        rows = work(Step("x", "*", (a, b), ""), {}).split(":", 1)[1].rpartition("=")[0].split("|")
+        assert len(rows) == len(str(b))
+        for j, row in enumerate(rows):
+            entries = [tuple(map(int, re.fullmatch(r"(\d)\*(\d)=(\d\d)\+(\d)\+(\d)=(\d\d)", e).groups())) for e in row.split(",")]
+            assert [e[0] for e in entries] == [int(d) for d in str(a)[::-1]] and {e[1] for e in entries} == {int(str(b)[::-1][j])}
+            assert all(x * y == p and p + acc + carry == v for x, y, p, acc, carry, v in entries)
+            assert [e[4] for e in entries] == [0, *(e[5] // 10 for e in entries[:-1])]
+
+
+def test_every_entry_of_a_division_is_right():
+    rng = random.Random(2)
+    for _ in range(1000):
+        a, b = random_pair(rng, "/")
+        body = work(Step("x", "/", (a, b), ""), {}).split(":", 1)[1].rpartition("=")[0]
+        rest = 0
+        for digit, entry in zip(str(a), body.split(","), strict=True):
+            r, d, divisor, q, left = map(int, re.fullmatch(r"(\d)(\d)/(\d+)=(\d)r(\d)", entry).groups())
+            assert (r, d, divisor) == (rest, int(digit), b) and q * b + left == 10 * r + d and left < b
+            rest = left
+        assert rest == 0
+
+
+def test_total():
+    rng = random.Random(3)
+    for _ in range(500):
+        values = [rng.randint(0, 10 ** rng.randint(1, 6)) for _ in range(rng.randint(2, 9))]
+        known = dict(zip(NAMES, values, strict=False))
+        line = work(Step("z", "total", tuple(known), ""), known).removesuffix(";")
+        assert number(line.rpartition("=")[2]) == sum(values)
+        assert [(n, number(d)) for n, d in re.findall(r"([a-z])([0-9]+)", line)] == list(known.items())
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Step("a", "^", (1, 2), ""), "unknown operation"),
+    (lambda: Step("a", "+", (1, 2, 3), ""), "two operands"),
+    (lambda: Step("a", "+", (-1, 2), ""), "below zero"),
+    (lambda: Graph(((Step("a", "+", (1, 2), ""),), ())), "2 phases, but 1 remarks"),
+    (lambda: Graph(((Step("a", "+", ("b", 2), ""), Step("b", "+", (1, 2), "")),)), "no earlier step"),
+    (lambda: Graph(((Step("a", "+", (1, 2), ""), Step("a", "+", (1, 2), "")),)), "two steps are called a"),
+    (lambda: Graph(((Step("a", "/", (7, 2), ""),),)).values(), "7/2 is not a whole number"),
+    (lambda: Graph(((Step("a", "/", (7, 0), ""),),)).values(), "7/0 is not a whole number"),
+    (lambda: Graph(((Step("a", "-", (2, 7), ""),),)).values(), "2-7 is below zero"),
+    (lambda: sum_of_products([]), "1 to 51 pairs"),
+    (lambda: trace(RUNNING, "sometimes"), "unknown fork mode"),
+    (lambda: get_family("algebra"), "unknown family 'algebra': choose one of sums"),
+    (lambda: bench("algebra"), "no held-out set 'algebra': choose one of chain"),
+    (lambda: gsm8k_graphs("dev"), "unknown split"),
+], ids=range(14))
+def test_bad_input_gets_one_clear_line(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)): make()
+
+
+# ---- traces and grading
+
+@pytest.mark.parametrize("name", BENCH_FAMILIES)
+@pytest.mark.parametrize("fork", [True, False, "random"])
+def test_traces_are_well_formed_and_right(name, fork):
+    rng = random.Random(0)
+    for p in [*samples(name, 60), *bench(name, 40)]:
+        nodes = trace(p, fork, rng)
+        text = render(nodes)
+        assert check_format(text) == [] and grade(text, p)
+        assert all(a.text for a in nodes if isinstance(a, Text))
+        assert not any(isinstance(a, Text) and isinstance(b, Text) for a, b in zip(nodes, nodes[1:], strict=False))
+        if fork is False: assert not any(isinstance(n, Fork) for n in nodes)
+        if fork is True: assert sum(isinstance(n, Fork) for n in nodes) == sum(len(v) > 1 for ph in p.graph.phases for v in levels(ph))
+
+
+@pytest.mark.parametrize("name", BENCH_FAMILIES)
+def test_traces_work_out_every_step_once_and_from_what_is_known(name):
+    for p in samples(name, 40, seed=1):
+        known = p.graph.values()
+        for fork in (True, False, "random"):
+            text = render(trace(p, fork, random.Random(1)))
+            for s in p.graph.steps: assert text.count(work(s, known)) >= 1
+            for node in trace(p, fork):
+                if isinstance(node, Fork):   # siblings are independent: no thread reads what another one writes
+                    names = [t.body[0].text[0] for t in node.threads]
+                    steps = {s.name: s for s in p.graph.steps}
+                    assert not any(o in names for n in names for o in steps[n].operands)
+
+
+def test_answers_against_python():
+    for name in ("sums", "product", "nested"):
+        for p in samples(name, 200, seed=2): assert eval(p.question[:-1], {}) == p.answer   # our own text, no model's
+    for name in ("chain", "gsm8k"):
+        for p in samples(name, 200, seed=2):
+            known = {}
+            *steps, asked = p.question[:-1].split(";")
+            for step in steps:
+                name, left, op, right = re.fullmatch(r"(\w)=(\w+)([-+*/])(\w+)", step).groups()
+                left, right = (known[x] if x in known else int(x) for x in (left, right))
+                assert op != "/" or left % right == 0 and right <= 10
+                known[name] = PYTHON[op](left, right)
+            assert known[asked] == p.answer and min(known.values()) >= 0
+
+
+def test_grade_takes_the_last_box():
+    assert grade(r"\boxed{1}\boxed{56}", RUNNING) and not grade(r"\boxed{56}\boxed{1}", RUNNING)
+    assert not grade("56", RUNNING) and not grade("", RUNNING) and not grade(r"\boxed{7*8}", RUNNING)
+    assert extract_answer(r"\boxed{5") is None
+
+
+def test_running_example():
+    assert RUNNING.question == "12*3+4*5?" and RUNNING.answer == 56
+    fork = trace(RUNNING)[0]
+    assert fork.outlines == ["a=12*3", "b=4*5"] and fork.threads[1].body == [Text("b=4*5:4*5=20+0+0=20=02;")]
+
+
+def test_random_forks_vary_and_follow_their_generator():
+    p = sum_of_products([(12, 3)] * 5)
+    texts = [render(trace(p, "random", random.Random(seed))) for seed in range(40)]
+    assert texts == [render(trace(p, "random", random.Random(seed))) for seed in range(40)]
+    assert 0 < sum("<Parallel>" not in t for t in texts) < 40 and len(set(texts)) > 10
+
+
+# ---- tokens, latency, oracle
+
+@pytest.mark.parametrize("name", BENCH_FAMILIES)
+def test_count_tokens_is_the_char_tokenizers_length(name):
+    for p in samples(name, 15):
+        for fork in (True, False):
+            text = render(trace(p, fork))
+            assert count_tokens(text) == len(TOKENIZER.encode(text)) and TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def path(text):
+    "Token latency of a rendered text with forks that are not nested, read off the text itself."
+    tokens, total = lambda t: len(TOKENIZER.encode(t)), 0
+    for part in re.split("(<Parallel>.*?</Parallel>)", text):
+        threads = re.findall("<Thread>.*?</Thread>", part)
+        total += tokens(part) - sum(map(tokens, threads)) + max(map(tokens, threads), default=0)
+    return total
+
+
+@pytest.mark.parametrize("name", BENCH_FAMILIES)
+def test_no_trace_beats_the_oracle(name):
+    rng = random.Random(0)
+    for p in [*samples(name, 25, seed=3), *bench(name, 25)]:
+        best = oracle(p)
+        assert path(render(trace(p, False))) + 1 == best.sequential
+        assert path(render(trace(p, True))) + 1 >= best.best
+        for _ in range(3): assert path(render(trace(p, "random", rng))) + 1 >= best.best
+        assert best.best <= best.sequential and best.pays == (best.speedup > 1)
+
+
+def brute_force(steps, costs):
+    "Every order of every partition into stages, threads in every order: nothing shared with the dynamic program."
+    def fork(stage):
+        lines = "".join(f"<Outline>{i}:{s.outline}</Outline>" for i, s in enumerate(stage, 1))
+        head = len(TOKENIZER.encode(f"<Parallel><Outlines>{lines}</Outlines></Parallel>"))
+        return head + max(2 + len(f"{i}:") + costs[s.name] for i, s in enumerate(stage, 1))
+
+    least = float("inf")
+    for order in permutations(steps):
+        for cuts in range(2 ** (len(order) - 1)):
+            stages, done, spent = [[order[0]]], set(), 0
+            for i, s in enumerate(order[1:]):
+                if cuts >> i & 1: stages.append([s])
+                else: stages[-1].append(s)
+            for stage in stages:
+                if any(isinstance(o, str) and o not in done for s in stage for o in s.operands): break
+                spent += costs[stage[0].name] if len(stage) == 1 else fork(stage)
+                done |= {s.name for s in stage}
+            else: least = min(least, spent)
+    return least
+
+
+def random_problem(rng, n):
+    def operand(i): return NAMES[rng.randrange(i)] if i and rng.random() < .3 else rng.randint(1, 10 ** rng.randint(1, 4))
+    steps = tuple(Step(NAMES[i], rng.choice("+**"), (operand(i), operand(i)), "o" * rng.randint(1, 20)) for i in range(n))
+    return Problem("?", 0, "random", Graph((steps,)))
+
+
+def test_oracle_against_brute_force():
+    rng, pays = random.Random(4), 0
+    for n in [1, 2, 3, 4] * 40 + [5] * 20:
+        p = random_problem(rng, n)
+        costs = {s.name: len(work(s, p.graph.values())) for s in p.graph.steps}
+        assert oracle(p).best == brute_force(p.graph.steps, costs) + len(r"\boxed{0}") + 1
+        pays += oracle(p).pays
+    assert 40 < pays < 140   # both kinds occur
+
+
+def test_oracle_knows_its_families():
+    assert not any(oracle(p).pays for p in bench("chain", 100))
+    assert all(oracle(sum_of_products([(99, 99)] * n)).pays for n in (2, 8, 16))
+    assert not oracle(RUNNING).pays
+    with pytest.raises(ValueError, match="no graph"): oracle(Problem("?", 1, "mine", None))
+
+
+# ---- families
+
+def test_a_user_adds_a_family(monkeypatch):
+    monkeypatch.setattr(tasks, "FAMILIES", {}), monkeypatch.setattr(tasks, "TRACES", {})
+
+    @family
+    def doubles(rng, n=3): return sum_of_products([(2, rng.randint(1, 9)) for _ in range(n)])
+    assert get_family("doubles")(random.Random(0), n=2).question.count("*") == 2
+
+    def mine(problem, fork, rng): return [Text(f"\\boxed{{{problem.answer}}}")]
+    family(doubles, trace=mine)
+    p = Problem("?", 7, "doubles", None)
+    assert grade(render(trace(p)), p) and TRACES == {}
+
+
+@pytest.mark.parametrize("name", BENCH_FAMILIES)
+def test_samplers_follow_their_generator(name):
+    assert samples(name, 5, seed=7) == samples(name, 5, seed=7) != samples(name, 5, seed=8)
+
+
+# ---- GSM8K
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_gsm8k_graphs_reach_gsm8ks_answers(split):
+    rows = read_jsonl(data_dir() / "gsm8k_graphs" / f"{split}.jsonl")
+    for row, p in zip(rows, gsm8k_graphs(split), strict=True):
+        known = {}
+        for name, op, args in row["steps"]:
+            a, b = (known.get(o, o) for o in args)
+            assert op != "/" or a % b == 0 and b <= 10
+            known[name] = PYTHON[op](a, b)
+        assert known[row["steps"][-1][0]] == row["answer"] == p.answer and p.wording == row["wording"]
+    counts = json.loads((data_dir() / "gsm8k_graphs" / "counts.json").read_text())[split]
+    assert counts["of"] == {"train": 7473, "test": 1319}[split] == len(rows) + sum(counts["left_out"].values())
+    assert len(rows) == counts["kept"] >= .75 * counts["of"]
+
+
+@pytest.mark.parametrize("answer, steps", [
+    ("<<48/2=24>>24 <<48+24=72>>72 #### 72", [("a", "/", [48, 2]), ("b", "+", [48, "a"])]),
+    ("<<16-3-4=9>>9 <<9*2=18>>18 #### 18", [("a", "-", [16, 3]), ("b", "-", ["a", 4]), ("c", "*", ["b", 2])]),
+    ("<<.25*40=10>>10 #### 10", [("a", "/", [40, 4])]),
+    ("<<3/4*20=15>>15 #### 15", [("a", "*", [3, 20]), ("b", "/", ["a", 4])]),
+    ("<<600/24=25>>25 #### 25", [("a", "/", [600, 8]), ("b", "/", ["a", 3])]),
+    ("<<2*3=6>>6 <<9*9=81>>81 <<6+20=26.00>>26 #### $26", [("a", "*", [2, 3]), ("b", "+", ["a", 20])]),
+    ("<<$5*2=10>>10 #### 10.00", [("a", "*", [5, 2])]),
+    ("<<7=7>>7 <<7*2=14>>14 #### 14", [("a", "*", [7, 2])]),
+])
+def test_gsm8k_steps(answer, steps): assert gsm8k_steps(answer) == steps
+
+
+@pytest.mark.parametrize("answer, reason", [
+    ("<<7/2=3.5>>3.5 #### 3.5", "a division leaves a remainder"),
+    ("<<2.5+4=6.5>>6.5 #### 6.5", "a number is not whole"),
+    ("<<7*2=14>>14 #### 15", "the answer is not the result of a calculation"),
+    ("no calculation #### 15", "the answer is not the result of a calculation"),
+    ("<<5-9=-4>>-4 #### 4", "a value is not between"),
+    ("<<5*0=0>>0 #### 0", "a value is not between"),
+    ("<<52/26=2>>2 #### 2", "divides by a number above 10"),
+    ("<<4*5=20>>20 <<40/20=2>>2 #### 2", "divides by a result above 10"),
+    ("<<2 plus 3=5>>5 #### 5", "an annotation is not plain arithmetic"),
+    ("<<2*3=7>>7 #### 7", "an annotation's result is not"),
+    (f"<<{'+'.join('1' * 30)}=30>>30 #### 30", "more than 20 steps"),
+    ("<<__import__('os')=1>>1 #### 1", "a number is not whole"),
+])
+def test_left_out_with_its_reason(answer, reason):
+    with pytest.raises(LeftOut, match=reason): gsm8k_steps(answer)
+
+
+def test_write_gsm8k(tmp_path):
+    good, bad = {"question": "q", "answer": "<<48/2=24>>24 #### 24"}, {"question": "r", "answer": "<<7/2=3.5>>3.5 #### 3.5"}
+    for split in ("train", "test"): (tmp_path / f"{split}.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    counts = write_gsm8k(tmp_path, tmp_path)
+    assert counts["test"] == {"kept": 1, "of": 2, "left_out": {"a division leaves a remainder": 1}}
+    assert read_jsonl(tmp_path / "gsm8k_graphs" / "train.jsonl") == [{"steps": [["a", "/", [48, 2]]], "answer": 24, "wording": "q"}]
+
+
+def test_redrawn_problems_keep_their_graph():
+    graph = lambda p: [(s.op, [o for o in s.operands if isinstance(o, str)]) for s in p.graph.steps]
+    shapes = {str(graph(p)) for p in gsm8k_graphs("train")}
+    for p in samples("gsm8k", 300, seed=5): assert str(graph(p)) in shapes
+
+
+# ---- held out
+
+@pytest.mark.parametrize("name", BENCH_FAMILIES)
+def test_five_hundred_distinct_questions(name):
+    problems = bench(name)
+    assert len(problems) == len({p.question for p in problems}) == 500
+    assert {p.family for p in problems} == {name} and all(p.graph.values()[p.graph.steps[-1].name] == p.answer for p in problems)
+    assert {p.question for p in problems} <= held_out() and bench(name, 3) == problems[:3]
+    assert all(from_json(json.loads(json.dumps(to_json(p)))) == p for p in problems)
+
+
+def test_training_never_draws_a_held_out_question():
+    rng = random.Random(0)
+    assert not {training_problem(rng).question for _ in range(2000)} & held_out()
+
+
+@pytest.mark.parametrize("name", BENCH_FAMILIES)
+def test_a_held_out_question_is_drawn_again(name, monkeypatch):
+    offers = [*bench(name, 3), RUNNING]
+    monkeypatch.setitem(FAMILIES, name, lambda rng: offers.pop(0))
+    assert training_problem(random.Random(0), [name]) == RUNNING and offers == []
+
+
+def test_gsm8k_without_redrawing_is_guarded_too():
+    rng, test = random.Random(0), {p.question for p in gsm8k_graphs("test")} & held_out()
+    drawn = {training_problem(rng, ["gsm8k"], split="test", redraw=False).question for _ in range(1000)}
+    assert test and not drawn & test
+
+
+def test_the_held_out_files_can_be_made_again(tmp_path):
+    write_bench(tmp_path)
+    for name in BENCH_FAMILIES:
+        assert (tmp_path / "bench" / f"{name}.jsonl").read_bytes() == (data_dir() / "bench" / f"{name}.jsonl").read_bytes()
+
+
+def test_no_data_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("THREADWEAVER_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="THREADWEAVER_DATA"): data_dir()

@@ -1,0 +1,285 @@
+"Grammar, parser and tokenizers: round trips, named rules, random soups, control tokens that cannot be typed."
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from threadweaver_ref.tokens import (
+    CONTROL_TOKENS,
+    MAX_NESTING,
+    RULES,
+    Fork,
+    FormatError,
+    Text,
+    Thread,
+    add_control_tokens,
+    char_tokenizer,
+    check_format,
+    control_ids,
+    encode_prompt,
+    encode_text,
+    parse,
+    parse_outlines,
+    render,
+)
+
+BLOCK = ("<Parallel><Outlines><Outline>1:a</Outline><Outline>2:b</Outline></Outlines>"
+         "<Thread>1:x</Thread><Thread>2:y</Thread></Parallel>")
+OUTLINES = BLOCK[:BLOCK.index("<Thread>")]
+
+
+def rules(text): return [e.rule for e in check_format(text)]
+
+
+# ---- round trips over random trajectories
+
+def free_of_tags(text): return not any(t in text for t in CONTROL_TOKENS)
+
+
+plain = st.text(st.sampled_from("ab12<>/:=; \n⑤é"), max_size=6).filter(free_of_tags)
+
+
+def normal(nodes):
+    "No empty texts, no two texts side by side: what `parse` returns."
+    out = []
+    for n in nodes:
+        if isinstance(n, Text) and not n.text: continue
+        if isinstance(n, Text) and out and isinstance(out[-1], Text): out[-1] = Text(out[-1].text + n.text)
+        else: out.append(n)
+    return out
+
+
+def bodies(inner): return st.lists(st.one_of(plain.map(Text), inner), max_size=3).map(normal)
+
+
+def forks(inner):
+    thread = st.builds(Thread, bodies(inner), st.one_of(st.none(), plain))
+    return st.integers(2, 3).flatmap(lambda n: st.builds(
+        Fork, st.lists(plain, min_size=n, max_size=n), st.lists(thread, min_size=n, max_size=n)))
+
+
+trajectories = bodies(st.recursive(forks(st.nothing()), forks, max_leaves=6))
+
+
+@settings(max_examples=150, deadline=None)
+@given(trajectories)
+def test_render_then_parse_gives_the_same_trajectory(trajectory):
+    text = render(trajectory)
+    assert check_format(text) == [] and parse(text) == trajectory
+    assert render(parse(text)) == text
+
+
+def spaced(nodes, space):
+    "A renderer of its own that puts white space wherever only tags meet."
+    text = ""
+    for n in nodes:
+        if isinstance(n, Text):
+            text += n.text
+            continue
+        outlines = (f"<Outline>{space()}{i}:{o}</Outline>" for i, o in enumerate(n.outlines, 1))
+        threads = (spaced_thread(i, t, space) for i, t in enumerate(n.threads, 1))
+        text += space().join(["<Parallel>", "<Outlines>", *outlines, "</Outlines>", *threads, "</Parallel>"])
+    return text
+
+
+def spaced_thread(i, t, space):
+    end = "" if t.conclusion is None else f"<Conclusion>{t.conclusion}</Conclusion>{space()}"
+    return f"<Thread>{space()}{i}:{spaced(t.body, space)}{end}</Thread>"
+
+
+@settings(max_examples=80, deadline=None)
+@given(trajectories, st.data())
+def test_any_white_space_between_tags_is_accepted(trajectory, data):
+    text = spaced(trajectory, lambda: data.draw(st.sampled_from(["", " ", "\n", "\n\n", "\t ", "\r\n"])))
+    assert parse(text) == trajectory
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*CONTROL_TOKENS, "1:", "2:", "x", " ", "3", "<", "<Thread", "99999:"]), max_size=40).map("".join))
+def test_check_format_never_raises_and_agrees_with_parse(soup):
+    errors = check_format(soup)
+    assert all(isinstance(e, FormatError) and e.rule in RULES and 0 <= e.offset <= len(soup) for e in errors)
+    assert [e.offset for e in errors] == sorted(e.offset for e in errors)
+    if errors:
+        with pytest.raises(FormatError, match=errors[0].rule): parse(soup)
+    else: assert render(parse(soup)).replace(" ", "") == soup.replace(" ", "")
+
+
+@pytest.mark.parametrize("text", [
+    "<Parallel>" * 5000, "<Parallel><Thread>" * 5000, ("<Thread>1:" + OUTLINES) * 3000, "</Thread>" * 5000, "<Thread><Conclusion>" * 3000,
+    "<Parallel><Outlines><Outline>" + "9" * 6000 + ":x</Outline>", BLOCK * 500, "", "<", "<Parallel", "\x00", "\ud800",
+], ids=range(12))
+def test_check_format_never_raises_on_extremes(text): check_format(text)
+
+
+# ---- every rule by name
+
+BROKEN = {
+    "text between threads": (BLOCK.replace("</Thread><Thread>", "</Thread> and <Thread>"), "text_between_tags"),
+    "text between outlines": (BLOCK.replace("</Outline><Outline>", "</Outline>,<Outline>"), "text_between_tags"),
+    "text before the outlines": (BLOCK.replace("<Parallel>", "<Parallel>so"), "text_between_tags"),
+    "text after the threads": (BLOCK.replace("</Parallel>", "so</Parallel>"), "text_between_tags"),
+    "join before fork": ("</Parallel>x<Parallel>", "close_without_open"),
+    "closing twice": (BLOCK + "</Parallel>", "close_without_open"),
+    "a thread outside a block": ("<Thread>1:x</Thread>", "tag_outside_block"),
+    "a conclusion outside a thread": ("<Conclusion>x</Conclusion>", "tag_outside_block"),
+    "outlines outside a block": ("<Outlines></Outlines>", "tag_outside_block"),
+    "a thread in a thread": (BLOCK.replace("1:x", "1:<Thread>1:x</Thread>"), "tag_outside_block"),
+    "a fork in an outline": (BLOCK.replace("1:a", "1:" + BLOCK), "tag_outside_block"),
+    "outlines after a thread": ("<Parallel><Thread>1:x</Thread>" + OUTLINES[10:] + "</Parallel>", "missing_outlines"),
+    "an unclosed block": (BLOCK.replace("</Parallel>", ""), "unclosed_block"),
+    "an unclosed thread": (BLOCK.replace("y</Thread>", "y"), "unclosed_block"),
+    "unclosed outlines": (BLOCK.replace("</Outlines>", ""), "unclosed_block"),
+    "an unclosed outline": (BLOCK.replace("b</Outline>", "b"), "unclosed_block"),
+    "an unclosed conclusion": (BLOCK.replace("1:x", "1:<Conclusion>x"), "unclosed_block"),
+    "no outlines": ("<Parallel><Thread>1:x</Thread><Thread>2:y</Thread></Parallel>", "missing_outlines"),
+    "an empty block": ("<Parallel></Parallel>", "missing_outlines"),
+    "empty outlines": ("<Parallel><Outlines></Outlines></Parallel>", "too_few_outlines"),
+    "one outline": ("<Parallel><Outlines><Outline>1:a</Outline></Outlines><Thread>1:x</Thread></Parallel>", "too_few_outlines"),
+    "outlines 1, 1, 3": (BLOCK.replace("e>2:b", "e>1:b").replace("</Outlines>", "<Outline>3:c</Outline></Outlines>")
+                         .replace("</Parallel>", "<Thread>3:z</Thread></Parallel>"), "outline_numbering"),
+    "outlines from 0": (BLOCK.replace("1:a", "0:a").replace("2:b", "1:b"), "outline_numbering"),
+    "an outline without a number": (BLOCK.replace("1:a", "a"), "outline_numbering"),
+    "an outline numbered 01": (BLOCK.replace("1:a", "01:a"), "outline_numbering"),
+    "threads 2, 1": (BLOCK.replace("1:x", "2:x").replace("2:y", "1:y"), "thread_numbering"),
+    "a thread without a number": (BLOCK.replace("1:x", "x"), "thread_numbering"),
+    "a thread too few": (BLOCK.replace("<Thread>2:y</Thread>", ""), "thread_count"),
+    "a thread too many": (BLOCK.replace("</Parallel>", "<Thread>3:z</Thread></Parallel>"), "thread_count"),
+    "text after a conclusion": (BLOCK.replace("1:x", "1:<Conclusion>x</Conclusion> more"), "conclusion_not_last"),
+    "a fork after a conclusion": (BLOCK.replace("1:x", "1:<Conclusion>x</Conclusion>" + BLOCK), "conclusion_not_last"),
+    "two conclusions": (BLOCK.replace("1:x", "1:<Conclusion>x</Conclusion><Conclusion>y</Conclusion>"), "conclusion_not_last"),
+}
+
+
+def nested(depth): return BLOCK if depth == 1 else BLOCK.replace("1:x", "1:" + nested(depth - 1))
+
+
+BROKEN["a block too deep"] = (nested(MAX_NESTING + 1), "nested_too_deep")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rule_is_the_first_error(name):
+    text, rule = BROKEN[name]
+    assert rules(text)[0] == rule
+    with pytest.raises(FormatError, match=rule) as error: parse(text)
+    assert error.value.rule == rule and 0 <= error.value.offset <= len(text)
+
+
+def test_every_rule_has_a_test(): assert {rule for _, rule in BROKEN.values()} == set(RULES)
+
+
+def test_one_pass_finds_all():
+    text = BLOCK.replace("2:b", "3:b").replace("</Thread><Thread>", "</Thread>!<Thread>").replace("2:y", "y")
+    assert rules(text) == ["outline_numbering", "text_between_tags", "thread_numbering"]
+
+
+@pytest.mark.parametrize("text", ["a<b", "a<b and c>d", "1 < 2", "<think>x</think>", "<parallel>", "< Parallel >", BLOCK + BLOCK,
+                                  nested(MAX_NESTING)])
+def test_well_formed(text):
+    assert check_format(text) == [] and render(parse(text)) == text
+
+
+def test_offset_points_at_the_fault():
+    text = BLOCK.replace("</Thread><Thread>", "</Thread>and<Thread>")
+    assert check_format(text)[0].offset == text.index("and")
+
+
+def test_parse_outlines():
+    assert parse_outlines(OUTLINES) == parse_outlines(OUTLINES.replace("><", ">\n<")) == ["a", "b"]
+    for text, rule in [(OUTLINES.replace("2:b", "3:b"), "outline_numbering"), (OUTLINES.replace("</Outlines>", ""), "unclosed_block"),
+                       ("<Parallel><Outlines></Outlines>", "too_few_outlines"), ("x" + OUTLINES, "tag_outside_block"),
+                       (BLOCK[:-len("</Parallel>")], "tag_outside_block")]:
+        with pytest.raises(FormatError, match=rule): parse_outlines(text)
+
+
+# ---- tokenizers
+
+def bpe_tokenizer():
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.train_from_iterator([BLOCK] * 5, trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["<eos>", "<<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>")
+    add_control_tokens(tok)
+    return tok
+
+
+CHAR, BPE = char_tokenizer(), bpe_tokenizer()
+both = pytest.mark.parametrize("tokenizer", [CHAR, BPE], ids=["char", "bpe"])
+
+
+@both
+def test_a_control_token_is_one_token(tokenizer):
+    assert len(set(control_ids(tokenizer).values())) == len(CONTROL_TOKENS)
+    for token, i in control_ids(tokenizer).items(): assert encode_text(tokenizer, token) == [i]
+    assert tokenizer.decode(encode_text(tokenizer, BLOCK)) == BLOCK
+
+
+@both
+@settings(max_examples=150, deadline=None)
+@given(text=st.one_of(st.text(max_size=30), st.lists(st.sampled_from(
+    [*CONTROL_TOKENS, "<pad>", "<eos>", "<<eos>", "<unk>", "<", "Thread>", "<Thr", " ", "é", "a1"]), max_size=12).map("".join)))
+def test_no_text_of_a_user_yields_a_control_token(tokenizer, text):
+    ids = encode_prompt(tokenizer, text)
+    assert not set(ids) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+    assert not set(ids) & set(control_ids(tokenizer).values())
+    if tokenizer is BPE: assert tokenizer.decode(ids) == text.encode("utf-8", "replace").decode()
+
+
+@both
+def test_plain_prompts_are_not_cut(tokenizer):
+    for text in ["12*3+4*5?", "", "a<b", "x > y </"]: assert encode_prompt(tokenizer, text) == encode_text(tokenizer, text)
+    assert tokenizer.decode(encode_prompt(tokenizer, BLOCK)) == BLOCK
+
+
+def test_char_tokenizer_has_one_token_a_character():
+    text = "12*3=⑥ a\n~"
+    assert CHAR.tokenize(text) == list(text) and len(CHAR) == 119
+
+
+def tiny(tied, rows, family):
+    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
+    torch.manual_seed(0)
+    return model(config(vocab_size=rows, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                        num_key_value_heads=1, tie_word_embeddings=tied))
+
+
+def fresh_bpe():
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.train_from_iterator(["abc"], trainers.BpeTrainer(special_tokens=["<eos>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("padding", [0, 4, 64])   # spare rows, as in Qwen's padded vocabulary
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_start_at_the_mean(tied, padding, family):
+    tokenizer = fresh_bpe()
+    old = len(tokenizer)
+    model = tiny(tied, old + padding, family)
+    before = [h.weight.detach()[:old].clone() for h in (model.get_input_embeddings(), model.get_output_embeddings())]
+    assert add_control_tokens(tokenizer, model) == len(CONTROL_TOKENS)
+    heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for head, rows in zip(heads, before, strict=True):
+        assert head.weight.shape[0] >= len(tokenizer)
+        torch.testing.assert_close(head.weight.detach()[:old], rows, rtol=0, atol=0)
+        torch.testing.assert_close(head.weight.detach()[old:len(tokenizer)], rows.mean(0).expand(len(CONTROL_TOKENS), -1))
+    assert (heads[0].weight is heads[1].weight) == tied
+    weights = [h.weight.detach().clone() for h in heads]
+    assert add_control_tokens(tokenizer, model) == 0   # asking again changes nothing, trained rows least of all
+    for head, rows in zip(heads, weights, strict=True): torch.testing.assert_close(head.weight.detach(), rows, rtol=0, atol=0)
+
+
+def test_a_model_that_was_forgotten_is_grown_later():
+    tokenizer = fresh_bpe()
+    model = tiny(True, len(tokenizer), "qwen2")
+    add_control_tokens(tokenizer)
+    assert add_control_tokens(tokenizer, model) == 0
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+
+
+def test_control_ids_names_the_remedy():
+    with pytest.raises(ValueError, match="add_control_tokens"): control_ids(fresh_bpe())

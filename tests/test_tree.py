@@ -1,0 +1,255 @@
+"""The span tree and its mask: against a hand-written matrix, a slow loop, and runs of every unit alone."""
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, TOKENIZERS, alone, random_forks, random_text, rngs, thread_paths, tiny
+from torch.nn.attention.flex_attention import flex_attention
+
+from threadweaver_ref.forkjoin import _at, play, replay, units
+from threadweaver_ref.tokens import Text, encode_prompt
+from threadweaver_ref.tree import (
+    SpanTree,
+    block_kinds,
+    collate,
+    collate_blocks,
+    forest,
+    show_mask,
+    show_tree,
+    span_lanes,
+    tree_block_mask,
+    tree_logprobs,
+    tree_mask,
+)
+
+
+def random_tree(rng, spans=12, tokens=8, merges=True):
+    tree = SpanTree()
+    for s in range(rng.randint(1, spans)):
+        parents = rng.sample(range(s), min(s, 2 if merges and rng.random() < .25 else 1)) if s == 0 or rng.random() < .95 else []
+        tree.add([rng.randrange(20, 118) for _ in range(rng.randint(1, tokens))], parents, bool(parents) and rng.random() < .7)
+    return tree
+
+
+# ---- against a matrix and indices written by hand
+
+def tiny_tree():
+    "Prompt a b; threads c d and e; a text join `E J` behind the first; a join with both as parents, K; an answer A."
+    tree = SpanTree()
+    prompt = tree.add([1, 2])
+    one, two = tree.add([3, 4], [prompt], True), tree.add([5], [prompt], True)
+    text = tree.add([5, 6], [one])
+    tree.add([7], [one, two])
+    tree.add([8], [text], True)
+    return tree
+
+#         a  b  c  d  e  E  J  K  A
+BY_HAND = [[1, 0, 0, 0, 0, 0, 0, 0, 0],   # a
+           [1, 1, 0, 0, 0, 0, 0, 0, 0],   # b
+           [1, 1, 1, 0, 0, 0, 0, 0, 0],   # c
+           [1, 1, 1, 1, 0, 0, 0, 0, 0],   # d
+           [1, 1, 0, 0, 1, 0, 0, 0, 0],   # e
+           [1, 1, 1, 1, 0, 1, 0, 0, 0],   # E
+           [1, 1, 1, 1, 0, 1, 1, 0, 0],   # J
+           [1, 1, 1, 1, 1, 0, 0, 1, 0],   # K
+           [1, 1, 1, 1, 0, 1, 1, 0, 1]]   # A
+
+
+def test_by_hand():
+    packed = tiny_tree().pack()
+    assert tree_mask(packed).int().tolist() == BY_HAND
+    assert packed.input_ids.tolist() == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 2, 4, 5, 4, 6]
+    assert packed.parent_index.tolist() == [-1, 0, 1, 2, 1, 3, 5, 3, 6]
+    assert packed.span_ids.tolist() == [0, 0, 1, 1, 2, 3, 3, 4, 5]
+    assert packed.sampled.int().tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 1]
+
+
+def test_bad_spans():
+    tree = SpanTree()
+    with pytest.raises(ValueError, match="at least one token"): tree.add([])
+    with pytest.raises(ValueError, match="parent 0 is not one of the 0 spans"): tree.add([1], [0])
+    with pytest.raises(ValueError, match="nothing to pack"): tree.pack()
+
+
+# ---- three masks
+
+def slow_mask(tree):
+    "From the definition, token by token: i sees i and whatever its parents see."
+    first = [sum(map(len, tree.ids[:s])) for s in range(len(tree))]
+    mask = torch.zeros(sum(map(len, tree.ids)), sum(map(len, tree.ids)), dtype=torch.bool)
+    for s, ids in enumerate(tree.ids):
+        for k in range(len(ids)):
+            i = first[s] + k
+            above = [i - 1] if k else [first[p] + len(tree.ids[p]) - 1 for p in tree.parents[s]]
+            for j in above: mask[i] |= mask[j]
+            mask[i, i] = True
+    return mask
+
+
+@pytest.mark.parametrize("block", [2, 3, 16, 128])
+def test_three_masks(block):
+    for rng in rngs(40, "mask"):
+        tree = random_tree(rng)
+        packed, slow, n = tree.pack(), slow_mask(tree), sum(map(len, tree.ids))
+        assert (tree_mask(packed) == slow).all()
+        blocks, i = tree_block_mask(packed, block), torch.arange(n)
+        assert (blocks.mask_mod(0, 0, i[:, None], i[None]) == slow).all()
+        cells = torch.nn.functional.pad(slow, (0, -n % block, 0, -n % block)).view(-(-n // block), block, -(-n // block), block)
+        seen, whole = cells.any(3).any(1), cells.all(3).all(1)
+        assert (block_kinds(blocks) == seen.long() + whole.long()).all()
+        assert blocks.shape[-2:] == (n, n)
+
+
+def test_positions_are_depths():
+    for rng in rngs(30, "depth"):
+        tree = random_tree(rng, merges=False)
+        packed = tree.pack()
+        assert (tree_mask(packed).sum(1) - 1 == packed.position_ids).all()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_equals_dense():
+    for rng in rngs(5, "flex"):
+        packed = random_tree(rng, spans=10, tokens=60).pack()
+        q, k, v = torch.randn(3, 1, 2, len(packed), 16, generator=torch.Generator().manual_seed(0))
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=tree_mask(packed))
+        assert torch.allclose(flex_attention(q, k, v, block_mask=tree_block_mask(packed)), dense, atol=1e-5)
+
+
+def test_pictures():
+    packed = tiny_tree().pack()
+    assert show_tree(packed, token=3) and show_mask(packed)
+    assert len(span_lanes(packed)) == 6 and span_lanes(packed)[1] != span_lanes(packed)[2]
+
+
+# ---- equality
+
+def test_equal_however_grown():
+    for rng in rngs(30, "grown"):
+        tree = random_tree(rng)
+        number, new, left = {}, SpanTree(), set(range(len(tree)))
+        ids = [[*ids, 1000 + s] for s, ids in enumerate(tree.ids)]   # siblings differ
+        same = SpanTree()
+        for s in range(len(tree)): same.add(ids[s], tree.parents[s], tree.sampled[s])
+        while left:   # any span whose parents stand; siblings keep their order
+            able = [s for s in left if set(tree.parents[s]) <= number.keys()
+                    and not any(t in left and t < s and tree.parents[t] and set(tree.parents[t]) & set(tree.parents[s]) for t in left)
+                    and (tree.parents[s] or not any(t in left and t < s and not tree.parents[t] for t in left))]
+            s = rng.choice(able)
+            left.remove(s)
+            number[s] = new.add(ids[s], [number[p] for p in tree.parents[s]], tree.sampled[s])
+        assert new == same and new.sorted() == same
+    assert tiny_tree() != SpanTree() and tiny_tree() != "tree"
+
+
+# ---- packed = unpacked (invariant 1) and independence (invariant 5)
+
+@pytest.fixture(scope="module", params=[(a, t) for a in ARCHITECTURES for t in TOKENIZERS], ids=lambda p: "-".join(p))
+def setting(request):
+    arch, name = request.param
+    tokenizer = TOKENIZERS[name]()
+    return tiny(arch, tokenizer), tokenizer, "-".join(request.param)
+
+
+def spans_of(logprobs, packed):
+    "Split the log-probabilities of one tree by span: {span: tensor}."
+    owner = packed.span_ids[packed.sampled]
+    return {s: logprobs[owner == s] for s in owner.unique().tolist()}
+
+
+def batched(model, trees, size=7):
+    "Per tree {span: log-probabilities}, several trees in a padded batch."
+    out = []
+    packs = [t.pack() for t in trees]
+    for i in range(0, len(packs), size):
+        group = packs[i:i + size]
+        with torch.no_grad(): logprobs = tree_logprobs(model, collate(group))
+        out += [spans_of(part, p) for part, p in zip(logprobs.split([int(p.sampled.sum()) for p in group]), group, strict=True)]
+    return out
+
+
+def test_packed_is_unpacked(setting):
+    model, tokenizer, name = setting
+    made = [(random_forks(rng), encode_prompt(tokenizer, random_text(rng))) for rng in rngs(21, name)]
+    trees = [replay(t, prompt, tokenizer) for t, prompt in made]
+    for (trajectory, prompt), tree, packed in zip(made, trees, batched(model, trees), strict=True):
+        expected = {(tuple(c), tuple(w)): alone(model, c, w) for c, w in units(trajectory, prompt, tokenizer)}
+        found = {(tuple(tree.path_ids(tree.parents[s][0])), tuple(tree.ids[s])): p for s, p in packed.items()}
+        assert found.keys() == expected.keys()
+        for unit, p in found.items(): assert torch.allclose(p, expected[unit], atol=1e-4)
+
+
+def played(trajectory, prompt, tokenizer, rng):
+    "Play in random order: the tree, and the sampled spans of every path in the order in which it wrote them."
+    owners = []
+    for machine, branch, ids in play(trajectory, prompt, tokenizer, rng=rng):
+        owners.append((branch.path, len(machine.tree), ids))
+    spans = {}
+    for path, span, ids in owners:
+        assert machine.tree.ids[span] == ids
+        spans.setdefault(path, []).append(span)
+    return machine.tree, spans
+
+
+def change(trajectory, path):
+    "The same trajectory, but one thread begins differently."
+    trajectory = copy.deepcopy(trajectory)
+    body = _at(trajectory, path)[0]
+    if body and isinstance(body[0], Text): body[0] = Text("#7" + body[0].text)
+    else: body.insert(0, Text("#7"))
+    return trajectory
+
+
+def test_siblings_are_independent(setting):
+    model, tokenizer, name = setting
+    made, cases = rngs(7, "siblings" + name), []
+    for rng in made:
+        trajectory, prompt = random_forks(rng), encode_prompt(tokenizer, random_text(rng))
+        path = rng.choice(list(thread_paths(trajectory)))
+        cases.append((path, *(played(t, prompt, tokenizer, rng) for t in (trajectory, change(trajectory, path)))))
+    before = batched(model, [old[0] for _, old, _ in cases])
+    after = batched(model, [new[0] for _, _, new in cases])
+    for (path, old, new), a, b in zip(cases, before, after, strict=True):
+        probs = lambda case, p, q: [p[s] for s in case[1][q]]
+        (fork, thread), above = path[-1], path[:-1]
+        siblings = [q for q in old[1] if q[:len(above)] == above and len(q) > len(above) and q[len(above)][0] == fork
+                    and q[len(above)][1] != thread]
+        assert siblings
+        for q in siblings:
+            for x, y in zip(probs(old, a, q), probs(new, b, q), strict=True): assert torch.allclose(x, y, atol=1e-5)
+        parent = list(zip(probs(old, a, above), probs(new, b, above), strict=True))
+        for x, y in parent[:fork]: assert torch.allclose(x, y, atol=1e-5)   # before the fork
+        for x, y in parent[fork:]: assert (x - y).abs().max() > 1e-4       # after its join
+
+
+# ---- what is scored
+
+def test_each_generated_token_once():
+    for rng in rngs(20, "once"):
+        for tokenizer in (TOKENIZERS["char"](), TOKENIZERS["bpe"]()):
+            trajectory, prompt = random_forks(rng, conclusions=True), encode_prompt(tokenizer, "7?")
+            tree = replay(trajectory, prompt, tokenizer)
+            sampled = Counter(tuple(ids) for ids, s in zip(tree.ids, tree.sampled, strict=True) if s)
+            assert sampled == Counter(tuple(w) for _, w in units(trajectory, prompt, tokenizer))
+
+
+def test_padding_and_forest_change_nothing():
+    tokenizer = TOKENIZERS["char"]()
+    model = tiny("Qwen3", tokenizer)
+    packs = [random_tree(rng, merges=False).pack() for rng in rngs(6, "pad")]
+    with torch.no_grad():
+        apart = torch.cat([tree_logprobs(model, collate([p])) for p in packs])
+        assert torch.allclose(tree_logprobs(model, collate(packs)), apart, atol=1e-5)
+        assert torch.allclose(tree_logprobs(model, collate([forest(packs)])), apart, atol=1e-5)
+    blocks = collate_blocks(packs, block=16)
+    i = torch.arange(sum(map(len, packs)))
+    assert (blocks["attention_mask"].mask_mod(0, 0, i[:, None], i[None]) == tree_mask(forest(packs))).all()
+    assert blocks["input_ids"].shape == (1, len(i))
+
+
+def test_nothing_predicts_a_root():
+    tokenizer, tree = TOKENIZERS["char"](), SpanTree()
+    tree.add([20, 21], sampled=True)
+    with pytest.raises(ValueError, match="nothing predicts it"): tree_logprobs(tiny("Qwen3", tokenizer), collate([tree.pack()]))
