@@ -152,21 +152,26 @@ def _log(folder, row):
     with open(folder / "log.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
 
 # %% ../nbs/07_sft.ipynb #961195eb
+def _small(rng, name):
+    "Options for a problem that is mostly about finding the right numbers: short operations, many or few of them."
+    return {"chain": dict(n=rng.randint(1, 4)), "sums": dict(n=rng.randint(2, 4)), "nested": dict(depth=rng.randint(1, 2)),
+            "product": dict(n=rng.randint(2, 3), digits=rng.randint(1, 3)), "gsm8k": {}}[name]
+
+def _full(rng, name):
+    "Options for a problem of full size."
+    if name != "sums": return {}
+    n = rng.randint(2, 16)
+    return dict(n=n, digits=rng.choice([1, 1, None, None, 3 if n <= 8 else 2 if n <= 10 else 1]))
+
 def curriculum(
     rng,
     step,
-    steps=1000,  # by then every problem has its full size
+    steps=1000,  # by then every problem has its full size, but for one in seven
 ):
     "A training problem: single operations and small problems at first, then more and more of full size."
-    if rng.random() < max(0.15, 1 - step / steps):
-        easy = {"chain": dict(n=rng.randint(1, 4)), "sums": dict(n=rng.randint(2, 4)), "nested": dict(depth=rng.randint(1, 2)),
-                "product": dict(n=rng.randint(2, 3), digits=rng.randint(1, 3)), "gsm8k": {}}
-        name = rng.choice(list(easy))
-        return training_problem(rng, [name], **easy[name])
     name = rng.choice(BENCH_FAMILIES)
-    wide = dict(n=min(rng.randint(2, 16), rng.randint(2, 16)), digits=rng.choice([None, None, None, 3])) if name == "sums" else {}
-    if wide and wide["n"] > 8: wide["digits"] = None
-    return training_problem(rng, [name], **wide)
+    size = _small if rng.random() < max(0.15, 1 - step / steps) else _full
+    return training_problem(rng, [name], **size(rng, name))
 
 # %% ../nbs/07_sft.ipynb #051bd6bc
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ class Recipe:
 
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=2400, batch=32, lr=2e-3, sequential=1.0, autoregressive=0.0, fork=False)),
-    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=1000, batch=32, lr=1e-3, sequential=0.25, autoregressive=0.1), hard_from=1000),
+    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=1400, batch=20, lr=1.2e-3, warmup=0.03, sequential=0.35, autoregressive=0.1), hard_from=1000),
 }
 
 # %% ../nbs/07_sft.ipynb #4afa925a
