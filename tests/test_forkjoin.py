@@ -11,6 +11,7 @@ from threadweaver_ref.merge import get_join
 from threadweaver_ref.tasks import sum_of_products, trace
 from threadweaver_ref.tokens import (
     CONTROL_TOKENS,
+    RULES,
     Fork,
     FormatError,
     Text,
@@ -262,6 +263,7 @@ def test_depth_forks_and_tokens():
     assert [e.rule for e in machine.errors] == ["max_depth", "max_forks"] and machine.finish_reason == "stop"
     short = start(limits=Limits(max_tokens=len(encode_text(char, TWO)) + 1))
     assert say(short, "trunk", TWO) == ["trunk"] and short.errors[0].rule == "max_tokens"
+    assert all(RULES[e.rule] in str(e) for e in machine.errors + short.errors)
     say(short, "trunk", "<eos>")
     assert short.finish_reason == "stop"
 

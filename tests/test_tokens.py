@@ -1,4 +1,6 @@
 "Grammar, parser and tokenizers: round trips, named rules, random soups, control tokens that cannot be typed."
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -167,7 +169,19 @@ def test_broken_rule_is_the_first_error(name):
     assert error.value.rule == rule and 0 <= error.value.offset <= len(text)
 
 
-def test_every_rule_has_a_test(): assert {rule for _, rule in BROKEN.values()} == set(RULES)
+LIMITS = {"max_threads", "max_depth", "max_forks", "max_tokens"}   # rules of the state machine: see test_forkjoin.py
+
+
+def test_every_rule_has_a_test():
+    assert {rule for _, rule in BROKEN.values()} == set(RULES) - LIMITS and set(RULES) > LIMITS
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_format_errors_say_the_rule_and_can_be_pickled(rule):
+    error = FormatError(rule, 36, "some detail")
+    copied = pickle.loads(pickle.dumps(error))
+    assert type(copied) is FormatError and str(copied) == str(error) == f"{rule} at character 36: {RULES[rule]} (some detail)"
+    assert (copied.rule, copied.offset, copied.detail) == (rule, 36, "some detail")
 
 
 def test_one_pass_finds_all():

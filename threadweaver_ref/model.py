@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'tiny_model', 'best_device', 'find_policy', 'load_policy', 'add_lora', 'merge_lora', 'save_policy']
 
-# %% ../nbs/06_model.ipynb #5ff23c38
+# %% ../nbs/06_model.ipynb #d34c4e50
+import textwrap
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from .tasks import data_dir
 from .tokens import add_control_tokens
 
-# %% ../nbs/06_model.ipynb #6fabaea7
+# %% ../nbs/06_model.ipynb #1fd42bfc
 SIZES = {
-    "tiny": dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4),    # 1.3 M parameters
-    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6),   # 2.9 M
+    "tiny": dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4),
+    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6),
 }
 
 def tiny_model(
@@ -34,22 +35,40 @@ def tiny_model(
                             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, **options})
     return Qwen3ForCausalLM(config).eval()
 
-# %% ../nbs/06_model.ipynb #d34c4e50
+# %% ../nbs/06_model.ipynb #823e9ff8
 def best_device() -> str:
     "cuda, mps or cpu: the first that is there."
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
+def _shipped() -> dict:
+    "Name and folder of every policy in `data/policies`; none where there is no data folder."
+    try: folders = sorted((data_dir() / "policies").glob("*/config.json"))
+    except FileNotFoundError: folders = []
+    return {f.parent.name: f.parent for f in folders}
+
 def find_policy(path_or_name) -> str:
     "A folder, the name of a shipped policy, or a hub name. Raises `ValueError` that says what is allowed."
-    path, shipped = Path(path_or_name), data_dir() / "policies"
-    for folder in (path, shipped / path_or_name):
-        if (folder / "config.json").is_file(): return str(folder)
+    path, name, shipped = Path(path_or_name), str(path_or_name), _shipped()
+    if (path / "config.json").is_file(): return str(path)
+    if name in shipped: return str(shipped[name])
+    if (path / "adapter_config.json").is_file(): raise ValueError(f"{path} holds a LoRA adapter: load its base with adapter={name!r}")
     if path.is_dir(): raise ValueError(f"{path} is no policy folder: it has no config.json")
-    if str(path_or_name).count("/") == 1 and not str(path_or_name).startswith((".", "/")): return str(path_or_name)
-    names = ", ".join(sorted(p.name for p in shipped.glob("*") if (p / "config.json").is_file()))
-    raise ValueError(f"no policy {str(path_or_name)!r}: give a folder, a hub name such as Qwen/Qwen3-0.6B, or one of {names or '(none shipped)'}")
+    if name.count("/") == 1 and not name.startswith((".", "/")): return name
+    known = ", ".join(shipped) or "(none shipped)"
+    raise ValueError(f"no policy {name!r}: give a folder, a hub name such as Qwen/Qwen3-0.6B, or one of {known}")
 
-# %% ../nbs/06_model.ipynb #05bf598f
+# %% ../nbs/06_model.ipynb #3fb9ebb3
+def _load_model(name, dtype):
+    "The model of a folder or hub name, complete or not at all."
+    model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]: raise ValueError(f"it has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model
+
+def _put_on(model, adapter):
+    "The model with the adapter of that folder."
+    if not (Path(adapter) / "adapter_config.json").is_file(): raise ValueError(f"{adapter} is no adapter folder: it has no adapter_config.json")
+    return PeftModel.from_pretrained(model, str(adapter))
+
 def load_policy(
     path_or_name,  # a folder, a shipped policy such as "tiny-sft", or a hub name such as "Qwen/Qwen3-0.6B"
     adapter=None,  # folder of a LoRA adapter to put on top
@@ -60,20 +79,37 @@ def load_policy(
     name, device = find_policy(path_or_name), device or best_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or (torch.float32 if device == "cpu" else "auto"))
+        model = _load_model(name, dtype or (torch.float32 if str(device) == "cpu" else "auto"))
         add_control_tokens(tokenizer, model)
-        if adapter: model = PeftModel.from_pretrained(model, str(adapter))
+        if adapter: model = _put_on(model, adapter)
     except Exception as error:
-        raise ValueError(f"cannot load policy {str(path_or_name)!r}: {str(error).strip().splitlines()[0]}") from error
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        raise ValueError(f"cannot load policy {str(path_or_name)!r}: {reason}") from error
     return model.to(device).eval(), tokenizer
 
-# %% ../nbs/06_model.ipynb #9e98eb16
-def add_lora(model, r=16, alpha=32, targets="all-linear", dropout=0.0):
+# %% ../nbs/06_model.ipynb #1c7eed0e
+def _token_modules(model) -> list:
+    "Names of the embedding and, where its weights are its own, of the output layer."
+    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    if len(ends) == 2 and ends[0].weight is ends[1].weight: ends.pop()
+    return [name for name, m in model.named_modules() if any(m is e for e in ends)]
+
+def add_lora(
+    model,
+    r=16,                  # rank
+    alpha=32,              # the difference is scaled by alpha / r
+    targets="all-linear",  # names of the matrices to adapt
+    dropout=0.0,
+    train_tokens=(),       # ids whose embeddings are trained too: new control tokens
+):
     "The model with LoRA adapters of rank `r`; only these will be trained."
-    return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM"))
+    rows = {name: list(train_tokens) for name in _token_modules(model)} if len(train_tokens) else None
+    return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM",
+                                            trainable_token_indices=rows))
 
 def merge_lora(model):
-    "The plain model with its adapters added into the weights."
+    "The plain model with its adapters added into the weights. Raises `ValueError` if it has none."
+    if not isinstance(model, PeftModel): raise ValueError("there is nothing to merge: the model has no LoRA adapters")
     return model.merge_and_unload()
 
 def save_policy(model, tokenizer, folder):

@@ -119,8 +119,8 @@ def _columns(a, b, sign):
     return out + ("1" if carry and sign > 0 else "")
 
 # %% ../nbs/02_tasks.ipynb #20d5173b
-def _add(a, b): return f"{_low(a)}+{_low(b)}={_columns(a, b, 1)};"
-def _subtract(a, b): return f"{_low(a)}-{_low(b)}:{_columns(a, b, -1)}={_low(a - b)};"
+def _add(a, b): return f"{_low(a)}+{_low(b)}", _columns(a, b, 1)
+def _subtract(a, b): return f"{_low(a)}-{_low(b)}:{_columns(a, b, -1)}", _low(a - b)
 
 # %% ../nbs/02_tasks.ipynb #0420d775
 def _row(low_a, y, acc, j):
@@ -138,7 +138,7 @@ def _multiply(a, b):
     "Row by row: digit times digit, plus what stands there already, plus the carry."
     acc = [0] * (len(str(a)) + len(str(b)))
     rows = [_row(_low(a), y, acc, j) for j, y in enumerate(_low(b))]
-    return f"{_low(a)}*{_low(b)}:{'|'.join(rows)}={_low(a * b)};"
+    return f"{_low(a)}*{_low(b)}:{'|'.join(rows)}", _low(a * b)
 
 # %% ../nbs/02_tasks.ipynb #b618d15e
 def _divide(a, b):
@@ -148,7 +148,7 @@ def _divide(a, b):
         q, r = divmod(10 * rest + int(d), b)
         lines.append(f"{rest}{d}/{b}={q}r{r}")
         rest = r
-    return f"{_low(a)}/{_low(b)}:{','.join(lines)}={_low(a // b)};"
+    return f"{_low(a)}/{_low(b)}:{','.join(lines)}", _low(a // b)
 
 # %% ../nbs/02_tasks.ipynb #28fdcab6
 def _total(names, values):
@@ -159,17 +159,18 @@ def _total(names, values):
         total += v
     return text + ";"
 
-# %% ../nbs/02_tasks.ipynb #22defe1c
+# %% ../nbs/02_tasks.ipynb #3120c9d8
 def work(
     step: Step,
     known: dict,  # values of the earlier steps
 ) -> str:
-    "The schoolbook working of one step, lowest digit first."
+    "One step: itself as it was asked, its operands lowest digit first, the schoolbook working, its name and result."
     args = [_value(o, known) for o in step.operands]
     if step.op == "total": return _total(step.operands, args)
-    return f"{step.name}=" + {"+": _add, "-": _subtract, "*": _multiply, "/": _divide}[step.op](*args)
+    working, result = {"+": _add, "-": _subtract, "*": _multiply, "/": _divide}[step.op](*args)
+    return f"{step.name}={step.operands[0]}{step.op}{step.operands[1]}:{working}={step.name}{result};"
 
-# %% ../nbs/02_tasks.ipynb #e919bfeb
+# %% ../nbs/02_tasks.ipynb #ae7dd798
 def answer_text(answer) -> str: return f"\\boxed{{{answer}}}"
 
 def _fork(steps, known): return Fork([s.outline for s in steps], [Thread([Text(work(s, known))]) for s in steps])
@@ -188,28 +189,28 @@ def _merge_text(nodes):
         elif not (isinstance(n, Text) and not n.text): out.append(n)
     return out
 
-# %% ../nbs/02_tasks.ipynb #c6d95c3c
+# %% ../nbs/02_tasks.ipynb #f2a9d6bd
 TRACES = {}  # family -> its own `trace(problem, fork, rng)`, where the working is not that of a calculation graph
 
 def trace(
     problem: Problem,
-    fork=True,   # True: every level of two or more steps; False: never; "random": at random
+    fork=True,   # True: every level of two or more steps; False: never, in the order of the question; "random": at random
     rng=None,    # `random.Random`, for "random"
 ) -> list:
-    "The trajectory that solves `problem`, digit by digit, forking level by level."
+    "The trajectory that solves `problem`, digit by digit; where it may fork, it goes level by level."
     if fork not in (True, False, "random"): raise ValueError(f"unknown fork mode {fork!r}: choose True, False or 'random'")
     rng = rng or random.Random(0)
     if problem.family in TRACES: return TRACES[problem.family](problem, fork, rng)
     known, nodes = problem.graph.values(), []
     for phase, remark in zip(problem.graph.phases, problem.graph.remarks, strict=True):
-        for level in levels(phase):
+        for level in levels(phase) if fork else [[s] for s in phase]:
             chosen = _chosen(level, fork, rng)
             nodes += [_fork(chosen, known)] if chosen else []
             nodes += [Text(work(s, known)) for s in level if s not in chosen]
         nodes.append(Text(remark))
     return _merge_text([*nodes, Text(answer_text(problem.answer))])
 
-# %% ../nbs/02_tasks.ipynb #a01c54e2
+# %% ../nbs/02_tasks.ipynb #0ed3ea9e
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 def extract_answer(text: str):
@@ -221,14 +222,14 @@ def grade(text: str, problem: Problem) -> bool:
     "Is the last boxed answer the right one?"
     return extract_answer(text) == str(problem.answer)
 
-# %% ../nbs/02_tasks.ipynb #76c7e4af
+# %% ../nbs/02_tasks.ipynb #cfd44b7e
 _TAGGED = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 def count_tokens(text: str) -> int:
     "Characters, a control token counting as one: the length under the character tokenizer."
     return len(_TAGGED.sub("#", text))
 
-# %% ../nbs/02_tasks.ipynb #067c45e9
+# %% ../nbs/02_tasks.ipynb #374156f8
 def _outline_cost(step, i=1): return count_tokens(f"<Outline>{i}:{step.outline}</Outline>")
 
 def _stage_cost(stage, costs):
@@ -238,7 +239,7 @@ def _stage_cost(stage, costs):
     longest_first = sorted((costs[s.name] for s in stage), reverse=True)   # the longest thread gets the shortest number
     return 4 + outlines + max(2 + len(f"{i}:") + c for i, c in enumerate(longest_first, 1))
 
-# %% ../nbs/02_tasks.ipynb #2492f6ac
+# %% ../nbs/02_tasks.ipynb #cd98ce6d
 def _stages(ready, costs, needed):
     "The stages worth trying: a step alone that others need, and for each longest thread the fullest fork."
     alone = [s for s in ready if s.name in needed] or ready[:1]
@@ -257,7 +258,7 @@ def _phase_oracle(steps, costs):
 
     return best(frozenset())
 
-# %% ../nbs/02_tasks.ipynb #374156f8
+# %% ../nbs/02_tasks.ipynb #4e600b43
 @dataclass(frozen=True)
 class Oracle:
     "What the graph allows: token latency of the best schedule, beside the sequential one."
@@ -278,7 +279,7 @@ def oracle(problem: Problem) -> Oracle:
     best = sum(_phase_oracle(phase, costs) for phase in problem.graph.phases)
     return Oracle(best + fixed, sum(costs.values()) + fixed)
 
-# %% ../nbs/02_tasks.ipynb #4e600b43
+# %% ../nbs/02_tasks.ipynb #9a481844
 FAMILIES = {}  # name -> sampler, `Callable[[random.Random, ...], Problem]`
 
 def family(
@@ -295,7 +296,7 @@ def get_family(name: str):
     if name not in FAMILIES: raise ValueError(f"unknown family {name!r}: choose one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
-# %% ../nbs/02_tasks.ipynb #bdcb2f8e
+# %% ../nbs/02_tasks.ipynb #57e1efc2
 def _number(rng, digits): return rng.randint(2 if digits == 1 else 10 ** (digits - 1), 10 ** digits - 1)
 
 @family
@@ -306,7 +307,7 @@ def sums(rng, n=None, digits=None) -> Problem:
     size = lambda: digits or rng.randint(1, top)
     return sum_of_products([(_number(rng, size()), _number(rng, size())) for _ in range(n)])
 
-# %% ../nbs/02_tasks.ipynb #c93a1fcc
+# %% ../nbs/02_tasks.ipynb #3e97b00b
 def _program(steps, family, wording=""):
     "The problem that asks for the last of some named steps, `(name, op, operands)`."
     steps = tuple(Step(n, op, tuple(args), n) for n, op, args in steps)
@@ -314,7 +315,7 @@ def _program(steps, family, wording=""):
     graph = Graph((steps,))
     return Problem(question, graph.values()[steps[-1].name], family, graph, wording)
 
-# %% ../nbs/02_tasks.ipynb #bf18c41e
+# %% ../nbs/02_tasks.ipynb #3ddd09e0
 def _next_step(rng, value, limit):
     "An operation on `value` that stays a whole number from 1 to `limit`."
     ops = [("+", rng.randint(1, min(999, limit - value)))] if value < limit else []
@@ -336,7 +337,7 @@ def chain(rng, n=None, limit=99999) -> Problem:
         value = _apply(op, [value, other])
     return _program(steps, "chain")
 
-# %% ../nbs/02_tasks.ipynb #9a481844
+# %% ../nbs/02_tasks.ipynb #2faaddbc
 def _rewrite(terms, names):
     "Pair neighbours up: `[x, y, z]` becomes steps for `x*y` and the terms left over."
     pairs = [(next(names), "*", tuple(terms[i:i + 2])) for i in range(0, len(terms) - 1, 2)]
@@ -354,7 +355,7 @@ def product(rng, n=None, digits=2) -> Problem:
         remarks.append(">" + "*".join(map(str, terms)) + ";" if len(terms) > 1 else "")
     return Problem("*".join(map(str, factors)) + "?", math.prod(factors), "product", Graph(tuple(phases), tuple(remarks)))
 
-# %% ../nbs/02_tasks.ipynb #b226375c
+# %% ../nbs/02_tasks.ipynb #51da3cd3
 def _evaluate(tree): return tree if isinstance(tree, int) else _apply(tree[0], [_evaluate(t) for t in tree[1:]])
 
 def _write(tree):
@@ -371,7 +372,7 @@ def _expression(rng, depth):
     ops = ["+"] + ["-"] * (a > b) + ["*"] * (a * b <= 9999)
     return (rng.choice(ops), left, right) if a + b <= 9999 else _expression(rng, depth)
 
-# %% ../nbs/02_tasks.ipynb #3e97b00b
+# %% ../nbs/02_tasks.ipynb #d9cfe028
 def _reduce(tree, names, steps):
     "Name every innermost bracket of `tree`; the named ones are appended to `steps`."
     if not isinstance(tree, tuple): return tree
@@ -393,7 +394,7 @@ def nested(rng, depth=None) -> Problem:
         remarks.append(f">{_write(tree)};" if isinstance(tree, tuple) else "")
     return Problem(_write(start) + "?", _evaluate(start), "nested", Graph(tuple(phases), tuple(remarks)))
 
-# %% ../nbs/02_tasks.ipynb #7d9f7176
+# %% ../nbs/02_tasks.ipynb #33dc4ade
 def data_dir() -> Path:
     "The folder `data/` beside the package, or `$THREADWEAVER_DATA`. Raises `FileNotFoundError` if there is none."
     path = Path(os.environ.get("THREADWEAVER_DATA", Path(threadweaver_ref.__file__).resolve().parent.parent / "data"))
@@ -407,7 +408,7 @@ def gsm8k_graphs(split: str) -> list:
     rows = read_jsonl(data_dir() / "gsm8k_graphs" / f"{split}.jsonl")
     return [_program([(n, op, tuple(args)) for n, op, args in row["steps"]], "gsm8k", row["wording"]) for row in rows]
 
-# %% ../nbs/02_tasks.ipynb #9f1c0c2e
+# %% ../nbs/02_tasks.ipynb #f5d5d19b
 def _redraw_step(rng, step, known):
     "The step with other numbers of the same sizes; they may not come out whole and positive."
     args = [o if isinstance(o, str) else max(1, _number(rng, min(len(str(o)), 3)) if rng.random() < .8 else o) for o in step.operands]
@@ -428,7 +429,7 @@ def _redraw(rng, problem):
         if known[s.name] > 999_999: return None
     return _program(steps, "gsm8k", "")
 
-# %% ../nbs/02_tasks.ipynb #51da3cd3
+# %% ../nbs/02_tasks.ipynb #592c4245
 @family
 def gsm8k(rng, split="train", redraw=True) -> Problem:
     "The calculations of a GSM8K problem; `redraw` keeps its graph and draws other numbers."
@@ -437,7 +438,7 @@ def gsm8k(rng, split="train", redraw=True) -> Problem:
     drawn = (_redraw(rng, problem) for _ in range(20))
     return next((p for p in drawn if p), problem)
 
-# %% ../nbs/02_tasks.ipynb #48388b0a
+# %% ../nbs/02_tasks.ipynb #e00e51cb
 BENCH_FAMILIES = ("gsm8k", "sums", "chain", "product", "nested")
 
 def to_json(p: Problem) -> dict:
@@ -451,7 +452,7 @@ def from_json(row: dict) -> Problem:
     phases = tuple(tuple(Step(n, op, tuple(args), o) for n, op, args, o in phase) for phase in row["phases"])
     return Problem(row["question"], row["answer"], row["family"], Graph(phases, tuple(row["remarks"])), row["wording"])
 
-# %% ../nbs/02_tasks.ipynb #592c4245
+# %% ../nbs/02_tasks.ipynb #0057e01d
 def bench(name: str, n=None) -> list:
     "The first `n` of the 500 held-out problems of a family. Raises `ValueError` if there is no such set."
     path = data_dir() / "bench" / f"{name}.jsonl"
@@ -464,14 +465,14 @@ def held_out() -> frozenset:
     "Every question that must never be trained on."
     return frozenset(row["question"] for path in sorted((data_dir() / "bench").glob("*.jsonl")) for row in read_jsonl(path))
 
-# %% ../nbs/02_tasks.ipynb #bed31497
+# %% ../nbs/02_tasks.ipynb #986f54fe
 def training_problem(rng, families=BENCH_FAMILIES, **options) -> Problem:
     "A random problem of a random one of `families` that is not held out. `options` go to the sampler."
     while True:
         problem = get_family(rng.choice(families))(rng, **options)
         if problem.question not in held_out(): return problem
 
-# %% ../nbs/02_tasks.ipynb #10b3c5dc
+# %% ../nbs/02_tasks.ipynb #2438b84c
 def _bench_candidates(name, rng):
     if name != "gsm8k": return (FAMILIES[name](rng) for _ in range(100_000))
     problems = list(gsm8k_graphs("test"))

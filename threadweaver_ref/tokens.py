@@ -40,7 +40,8 @@ class Thread:
     "What one thread wrote: its working, and (for the `result` join) the conclusion it hands back."
     body: list                      # of `Text` and `Fork`
     conclusion: str | None = None   # text between `<Conclusion>` and `</Conclusion>`
-    ids: tuple | None = field(default=None, compare=False, repr=False)  # ids after its last inner fork, if decoded
+    # ids of what it wrote at its end, if decoded: conclusion and `</Thread>`, or end of sequence
+    ids: tuple | None = field(default=None, compare=False, repr=False)
 
 # %% ../nbs/01_tokens.ipynb #7f7a663a
 @dataclass
@@ -157,14 +158,20 @@ RULES = {
     "thread_count": "a block has one thread for each outline",
     "conclusion_not_last": "<Conclusion>...</Conclusion> is the last thing in a thread",
     "nested_too_deep": f"blocks nest at most {MAX_NESTING} deep",
+    "max_threads": "more threads than the limits allow",   # from here on: limits of the state machine (05_forkjoin)
+    "max_depth": "forks nested deeper than the limits allow",
+    "max_forks": "more forks in one line of reasoning than the limits allow",
+    "max_tokens": "more threads than there are tokens left",
 }
 
 # %% ../nbs/01_tokens.ipynb #055caa47
 class FormatError(ValueError):
     "A broken rule of the format, and where."
     def __init__(self, rule: str, offset: int, detail: str = ""):
-        self.rule, self.offset = rule, offset
+        self.rule, self.offset, self.detail = rule, offset, detail
         super().__init__(f"{rule} at character {offset}: {RULES.get(rule, '')}{detail and f' ({detail})'}")
+
+    def __reduce__(self): return type(self), (self.rule, self.offset, self.detail)   # so that it can go to another process
 
 # %% ../nbs/01_tokens.ipynb #71358bd0
 class _Parser:

@@ -1,0 +1,41 @@
+# make demo: the main job.  make test: everything CI runs.  Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+NOTEBOOKS := $(wildcard nbs/*.ipynb)
+
+.PHONY: demo test test-slow lab readme train clean
+
+.venv/ready: settings.ini constraints.txt setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv/ready
+	$(ENV) threadweaver-ref demo
+
+test: .venv/ready
+	$(ENV) ruff check
+	$(ENV) python tests/check_notebooks.py
+	$(ENV) nbdev_test --n_workers 1 --timing
+	$(ENV) python -m pytest tests -q
+
+test-slow: .venv/ready
+	$(ENV) nbdev_test --n_workers 1 --timing --flags slow
+	$(ENV) python -m pytest tests -q --slow
+
+lab: .venv/ready
+	$(ENV) jupyter lab nbs
+
+readme: .venv/ready
+	$(ENV) jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb \
+	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags hide-input
+	sed -i.bak -E 's#\]\(([0-9a-z_]+\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' README.md && rm README.md.bak
+
+train: .venv/ready
+	$(ENV) threadweaver-ref train tiny-base --out data/policies/tiny-base
+	$(ENV) threadweaver-ref train tiny-sft --out data/policies/tiny-sft
+
+clean:
+	rm -rf demo _proc .pytest_cache .ruff_cache

@@ -1,0 +1,43 @@
+"""Fails if a generated module differs from its notebook, or a notebook carries debris. Run by `make test`."""
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = {"cli.py", "bench.py"}   # modules that no notebook makes
+
+
+def drift(copy) -> list:
+    "Modules that change when the notebooks are exported again."
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "data", ".hypothesis", "__pycache__"))
+    subprocess.run(["nbdev_export"], cwd=copy, check=True)
+    made, kept = ({p.name: p.read_text() for p in (root / "threadweaver_ref").glob("*.py")} for root in (copy, ROOT))
+    changed = [name for name in sorted({*made, *kept}) if made.get(name) != kept.get(name)]
+    return [f"{name}: differs from its notebook (edit the notebook, run nbdev_export)" for name in changed]
+
+
+def debris(path) -> list:
+    "What a notebook should not carry."
+    text = path.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    found = [f"{path.name}: {len(text) // 1000} kB, more than 500"] if len(text) > 500_000 else []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error": found.append(f"{path.name}: an error among the outputs")
+            if output.get("name") == "stderr": found.append(f"{path.name}: stderr among the outputs: {''.join(output['text'])[:60]!r}")
+        if cell["cell_type"] == "code" and cell.get("execution_count"): found.append(f"{path.name}: execution counts (run nbdev_clean)"); break
+    if not any(cell.get("outputs") for cell in notebook["cells"]): found.append(f"{path.name}: no outputs")
+    return found
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder: found = drift(Path(folder) / "copy")
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")): found += debris(path)
+    print("\n".join(found) or "notebooks and modules agree; no debris")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__": main()

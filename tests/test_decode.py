@@ -1,0 +1,613 @@
+"""Batched branch decoding: against a plain loop without cache, against the text, among neighbours, and under nonsense."""
+import functools
+import random
+from collections import Counter
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, TOKENIZERS, random_text, rngs, tiny
+
+from threadweaver_ref import decode
+from threadweaver_ref.decode import DecodeConfig, FlatCache, choose, filter_logits, generate, gumbel_noise, show_timeline
+from threadweaver_ref.forkjoin import ForkJoin, Limits, ThreadError, replay
+from threadweaver_ref.merge import JOINS
+from threadweaver_ref.tokens import CONTROL_TOKENS, Fork, control_ids, encode_prompt, encode_text
+from threadweaver_ref.tree import collate, tree_logprobs
+
+char = TOKENIZERS["char"]()
+ROOMY = Limits(max_tokens=3000, max_thread_tokens=300)
+
+
+def block(*lines): return "<Parallel><Outlines>" + "".join(f"<Outline>{l}</Outline>" for l in lines) + "</Outlines>"
+
+
+# ---- structure from a script, since random weights do not fork
+
+def reserved(tokenizer): return sorted({*control_ids(tokenizer).values(), *tokenizer.all_special_ids})
+
+
+class Script:
+    """A hook: `plan(branch)` says token by token what a branch writes until it next stops; where it says None, or has
+    ended, the model is free, but for control and special tokens. Plans depend on the branch alone."""
+    def __init__(self, tokenizer, plan):
+        self.reserved, self.plans = reserved(tokenizer), {}
+        self.make = lambda branch: plan(branch, tokenizer)
+
+    def forced(self, branch, ids):
+        key = (tuple(branch.machine.tree.ids[0]), branch.path, branch.forks, len(branch.tail))
+        if key not in self.plans: self.plans[key] = self.make(branch)
+        return self.plans[key][len(ids)] if len(ids) < len(self.plans[key]) else None
+
+    def __call__(self, branch, ids, logits):
+        token, out = self.forced(branch, ids), logits.clone()
+        if token is None: out[self.reserved] = -torch.inf
+        else:
+            out[:] = -torch.inf
+            out[token] = 0
+        return out
+
+
+def random_block(rng, depth):
+    if rng.random() < .1: return rng.choice([block("1:p"), block("1:p", "3:q"), block("2:p", "1:q"), "</Outlines>"])   # no fork
+    n = rng.choice([2, 2, 2, 3])
+    return block(*(f"{i}:{random_text(rng, 2)}" for i in range(1, n + 1)))
+
+
+def random_plan(branch, tokenizer, deepest=3):
+    "Some free tokens, then a fork, or an end of one of several kinds."
+    rng = random.Random(repr((branch.machine.tree.ids[0], branch.path, branch.forks, len(branch.tail))))
+    free, depth, eos = [None] * rng.randint(0, 3), branch.depth, [tokenizer.eos_token_id]
+    if depth < deepest and branch.forks < 2 and rng.random() < (.75, .4, .4)[depth] - .3 * branch.forks:
+        return free + encode_text(tokenizer, random_block(rng, depth))
+    if not depth: return free + eos
+    ends = ["</Thread>"] * 6 + ["<Conclusion>7</Conclusion></Thread>", None, "endless"]
+    end = rng.choice(ends)
+    if end == "endless": return []
+    return free + (encode_text(tokenizer, end) if end else eos)
+
+
+def deep_plan(branch, tokenizer):
+    "Two threads down to depth 3, whatever the question."
+    if branch.depth < 3 and not branch.forks: return [None] * 2 + encode_text(tokenizer, block("1:p", "2:q"))
+    return [None] * 2 + (encode_text(tokenizer, "</Thread>") if branch.path else [tokenizer.eos_token_id])
+
+
+def clean_plan(branch, tokenizer):
+    "As `random_plan`, but everything is well-formed and ends by itself."
+    rng = random.Random(repr(("clean", branch.machine.tree.ids[0], branch.path, branch.forks)))
+    free = [None] * rng.randint(1, 4)
+    if branch.depth < 2 and branch.forks < 2 and rng.random() < .6:
+        return free + encode_text(tokenizer, block(*(f"{i}:x" for i in range(1, rng.randint(2, 4) + 1))))
+    return free + (encode_text(tokenizer, "</Thread>") if branch.path else [tokenizer.eos_token_id])
+
+
+@torch.no_grad()
+def plain_loop(model, tokenizer, question, config):
+    "One branch after another, one token after another, everything read anew; no cache, no mask."
+    machine = ForkJoin(encode_prompt(tokenizer, question), tokenizer, config.join, config.limits, config.mode)
+    while not machine.done:
+        branch, ids = machine.ready[0], []
+        context = branch.context_ids
+        while len(ids) < branch.budget and not (ids and ids[-1] in branch.stop_ids):
+            token = config.hook.forced(branch, ids) if config.hook else None
+            if token is None:
+                logits = model(input_ids=torch.tensor([context + ids]), attention_mask=None, use_cache=False).logits[0, -1]
+                if config.hook: logits = config.hook(branch, ids, logits)
+                logits[list(branch.banned_ids)] = -torch.inf
+                token = int(logits.argmax())
+            ids.append(token)
+        machine.feed(branch, ids, "stop" if ids[-1] in branch.stop_ids else "length")
+    return machine
+
+
+def same_logprobs(model, rollouts, size=8):
+    "Are the recorded log-probabilities those of the packed trees?"
+    for i in range(0, len(rollouts), size):
+        group = rollouts[i:i + size]
+        with torch.no_grad(): scored = tree_logprobs(model, collate([r.tree.pack() for r in group]))
+        assert torch.allclose(torch.cat([r.logprobs for r in group]), scored, atol=1e-4)
+
+
+def replayed(rollout, tokenizer, config):
+    prompt = encode_prompt(tokenizer, rollout.question)
+    return replay(rollout.trajectory, prompt, tokenizer, config.join, config.mode, rollout.finish_reason)
+
+
+def same(a, b):
+    return (a.tree == b.tree and a.text == b.text and a.finish_reason == b.finish_reason and a.token_latency == b.token_latency
+            and a.total_tokens == b.total_tokens and torch.allclose(a.logprobs, b.logprobs, atol=1e-4))
+
+
+def depth(nodes): return max((1 + max(depth(t.body) for t in n.threads) for n in nodes if isinstance(n, Fork)), default=0)
+def questions(rng, n): return [random_text(rng, 6) + "?" for _ in range(n)]
+
+
+# ---- decoded = re-run (invariant 2), tree = replay (invariant 3)
+
+@pytest.fixture(scope="module", params=[(a, t) for a in ARCHITECTURES for t in TOKENIZERS], ids=lambda p: "-".join(p))
+def setting(request):
+    arch, name = request.param
+    tokenizer = TOKENIZERS[name]()
+    return tiny(arch, tokenizer), tokenizer, "-".join(request.param)
+
+
+def check_against_plain_loop(model, tokenizer, asked, config):
+    rollouts = generate(model, tokenizer, asked, config)
+    for question, rollout in zip(asked, rollouts, strict=True):
+        machine = plain_loop(model, tokenizer, question, config)
+        assert rollout.question == question and rollout.text == machine.text and rollout.tree == machine.tree
+        assert rollout.finish_reason == machine.finish_reason and rollout.trajectory == machine.trajectory
+        assert Counter(map(str, rollout.errors)) == Counter(map(str, machine.errors))
+        assert rollout.tree == replayed(rollout, tokenizer, config)
+    same_logprobs(model, rollouts)
+    return rollouts
+
+
+def test_decoded_is_rerun(setting):
+    model, tokenizer, name = setting
+    limits = Limits(max_tokens=400, max_thread_tokens=60)
+    config = DecodeConfig(hook=Script(tokenizer, random_plan), batch=5, limits=limits)
+    rollouts = check_against_plain_loop(model, tokenizer, questions(random.Random(name), 22), config)
+    depths = Counter(depth(r.trajectory) for r in rollouts)
+    assert sum(n for d, n in depths.items() if d) >= 10 and any(d >= 2 for d in depths) and any(r.errors for r in rollouts)
+
+
+def test_decoded_is_rerun_at_depth_three(setting):
+    model, tokenizer, name = setting
+    config = DecodeConfig(hook=Script(tokenizer, deep_plan), batch=2, limits=ROOMY)
+    for r in check_against_plain_loop(model, tokenizer, questions(random.Random(name), 3), config):
+        assert depth(r.trajectory) == 3 and r.forks == 7 and not r.errors and r.well_formed
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_every_join(join):
+    model, asked = tiny("Qwen3", char), questions(random.Random("joins"), 8)
+    config = DecodeConfig(join=join, hook=Script(char, random_plan), batch=3, limits=Limits(max_tokens=400, max_thread_tokens=60))
+    if join != "kv": return check_against_plain_loop(model, char, asked, config)
+    rollouts = generate(model, char, asked, config)   # no plain causal run can express it
+    for r in rollouts: assert r.tree == replayed(r, char, config)
+    same_logprobs(model, rollouts)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "autoregressive"])
+def test_decoded_is_rerun_on_one_line(mode):
+    model, asked = tiny("Qwen3", char), questions(random.Random(mode), 8)
+    config = DecodeConfig(mode=mode, batch=3, limits=Limits(max_tokens=40))   # no hook: the model may write any token
+    for r in check_against_plain_loop(model, char, asked, config): assert not r.forks
+
+
+@pytest.mark.parametrize("arch", ["Qwen3", "Gemma"])
+def test_long_prompts_and_growing_caches(arch):
+    "Prompts of very different lengths, and rollouts that outgrow the first 256 slots of a row."
+    model, rng = tiny(arch, char), random.Random("long")
+    asked = ["".join(rng.choice("0123456789+") for _ in range(n)) for n in (3, 700, 250, 256, 1, 40)]
+    def plan(branch, tokenizer):
+        if not branch.path and branch.forks < 5: return [None] * 5 + encode_text(tokenizer, block("1:p", "2:q", "3:r"))
+        return [None] * 7 + (encode_text(tokenizer, "</Thread>") if branch.path else [tokenizer.eos_token_id])
+    config = DecodeConfig(hook=Script(char, plan), batch=3, limits=ROOMY)
+    assert max(sum(map(len, r.tree.ids)) for r in check_against_plain_loop(model, char, asked, config)) > 1024
+
+
+# ---- batch independence (invariant 6)
+
+SAMPLING = [dict(), dict(top_p=.8), dict(top_k=5), dict(temperature=.7, top_p=.95, top_k=20)]
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_neighbours_change_nothing(name, options):
+    tokenizer = TOKENIZERS[name]()
+    model, asked = tiny("Qwen3", tokenizer), questions(random.Random("neighbours"), 8)
+    config = lambda **more: DecodeConfig(**{"temperature": 1., "hook": Script(tokenizer, random_plan), "batch": 3,
+                                            "limits": Limits(max_tokens=400, max_thread_tokens=40), **options, **more})
+    together = generate(model, tokenizer, asked, config())
+    assert any(r.forks for r in together)
+    for r in together: assert r.tree == replayed(r, tokenizer, config())
+    same_logprobs(model, together)
+    for r in together[:4]: assert same(r, generate(model, tokenizer, [r.question], config())[0])
+    order = random.Random(1).sample(range(8), 8)
+    for batch in (1, 5, 64):
+        for i, r in zip(order, generate(model, tokenizer, [asked[i] for i in order], config(batch=batch)), strict=True):
+            assert same(r, together[i])
+    other = generate(model, tokenizer, asked, config(seed=1))
+    assert sum(not same(a, b) for a, b in zip(together, other, strict=True)) >= 7
+
+
+def test_copies_of_a_question_differ():
+    model, config = tiny("Qwen3", char), DecodeConfig(temperature=1., mode="sequential", limits=Limits(max_tokens=30))
+    a, b, c = generate(model, char, ["7*8?", "7*8?", "1+1?"], config)
+    assert a.text != b.text and same(a, generate(model, char, ["7*8?"], config)[0])
+    seeds = [5, 5, "x"]
+    x, y, z = generate(model, char, ["7*8?"] * 3, config, seeds=seeds)
+    assert same(x, y) and not same(x, z) and same(z, generate(model, char, ["7*8?"], config, seeds=["x"])[0])
+
+
+def test_greedy_ignores_the_seed():
+    model = tiny("Llama", char)
+    config = lambda seed: DecodeConfig(seed=seed, mode="sequential", limits=Limits(max_tokens=30))
+    a, b = (generate(model, char, ["7*8?"] * 2, config(seed)) for seed in (0, 1))
+    assert same(a[0], b[0]) and same(a[0], a[1])
+
+
+# ---- what is counted
+
+def chars(text):
+    "The tokens of a text, for the character tokenizer; no parser."
+    out = []
+    while text:
+        tag = next((t for t in CONTROL_TOKENS if text.startswith(t)), text[0])
+        out.append(tag)
+        text = text[len(tag):]
+    return out
+
+
+def latency(text):
+    "Tokens on the longest way through a well-formed text: at each fork, through its longest thread. No parser."
+    stack = [[0, 0]]   # open lines of reasoning: tokens so far, longest thread of the open fork
+    for token in chars(text):
+        if token == "<Thread>": stack.append([0, 0])
+        if token == "</Parallel>":
+            stack[-1][0] += stack[-1][1]
+            stack[-1][1] = 0
+        stack[-1][0] += 1
+        if token == "</Thread>":
+            own, _ = stack.pop()
+            stack[-1][1] = max(stack[-1][1], own)
+    assert len(stack) == 1
+    return stack[0][0]
+
+
+def said(*texts):
+    "A plan: what the trunk writes until each stop, and what every thread writes."
+    trunk, threads = texts[0], texts[1]
+    def plan(branch, tokenizer):
+        text = threads[branch.path[-1][1] - 1] if branch.path else trunk[branch.forks]
+        return encode_text(tokenizer, text)
+    return DecodeConfig(hook=Script(char, plan), limits=ROOMY)
+
+
+def test_counts_by_hand():
+    #        <P><Os> <O>1:p</O> <O>2:q</O> </Os>: 2 + 5 + 5 + 1 = 13 tokens, 15 with `x=`
+    config = said(["x=" + block("1:p", "2:q"), "abc<eos>"], ["12345</Thread>", "1</Thread>"])
+    r = generate(tiny("Qwen3", char), char, ["7?"], config)[0]
+    assert r.text == "x=" + block("1:p", "2:q") + "<Thread>1:12345</Thread><Thread>2:1</Thread></Parallel>abc"
+    #  thread 1: <Thread> 1 : 12345 </Thread> = 9; thread 2: 5; then </Parallel> a b c <eos>
+    assert r.token_latency == 15 + 9 + 1 + 4 and r.total_tokens == 15 + 9 + 5 + 1 + 4
+    #  A line's last token is written in the very step in which the next line writes its first: 15 + 6 + 4 tokens, two seams
+    assert r.decode_steps == 15 + 6 + 4 - 2
+    assert (r.finish_reason, r.forks, r.errors, r.well_formed, r.answer) == ("stop", 1, [], True, None)
+    #  <eos> sees the prompt (2) and the joined line: all 34 tokens but itself, and itself
+    assert r.peak_context == 2 + 34
+    found = [(i.branch, i.start, i.end, i.forced) for i in r.timeline]
+    #  the trunk's last token and the seed `<Thread> i :` of both; then thread 1's last, thread 2 anew, and </Parallel>
+    assert found == [("trunk", 0, 14, 2), ("2", 14, 15, 0), ("1", 14, 19, 7), ("trunk", 19, 22, 7)]
+    assert show_timeline(r)
+    assert "forks=1" in repr(r)
+
+
+def test_answer_is_what_stands_in_the_box():
+    r = generate(tiny("Qwen3", char), char, ["7?"], said(["so \\boxed{56}<eos>"], []))[0]
+    assert r.answer == "56" and r.token_latency == r.total_tokens == r.decode_steps == len("so \\boxed{56}") + 1
+
+
+def test_counts_against_the_text():
+    model, asked = tiny("Qwen3", char), questions(random.Random("counts"), 40)
+    rollouts = generate(model, char, asked, DecodeConfig(hook=Script(char, clean_plan), limits=ROOMY, batch=16))
+    assert sum(r.forks > 1 for r in rollouts) > 10
+    for r in rollouts:
+        assert r.finish_reason == "stop" and r.well_formed
+        assert r.total_tokens == len(chars(r.text)) + 1 and r.token_latency == latency(r.text) + 1   # and <eos>
+        assert r.token_latency <= r.total_tokens and (r.token_latency < r.total_tokens) == bool(r.forks)
+        assert r.decode_steps <= r.token_latency and r.seconds > 0
+        mask = r.tree.ancestors.long() @ torch.tensor([len(i) for i in r.tree.ids])
+        assert r.peak_context == mask.max()
+
+
+def test_steps_do_not_depend_on_the_batch():
+    model, asked = tiny("Qwen3", char), questions(random.Random("steps"), 8)
+    runs = [generate(model, char, asked, DecodeConfig(hook=Script(char, clean_plan), limits=ROOMY, batch=b)) for b in (1, 3, 8)]
+    for a, *others in zip(*runs, strict=True):
+        for b in others: assert a.decode_steps == b.decode_steps
+    stats = {}
+    generate(model, char, asked, DecodeConfig(hook=Script(char, clean_plan), limits=ROOMY, batch=8), stats=stats)
+    assert stats["steps"] + 1 == max(r.decode_steps for r in runs[0]) and stats["forwards"] > stats["steps"] and stats["seconds"] > 0
+
+
+# ---- limits
+
+def sampled(tree): return sum(len(ids) for ids, s in zip(tree.ids, tree.sampled, strict=True) if s)
+
+
+def test_rollout_budget():
+    model = tiny("Qwen3", char)
+    free = Script(char, lambda branch, tokenizer: [])
+    r = generate(model, char, ["7?"], DecodeConfig(hook=free, limits=Limits(max_tokens=20)))[0]
+    assert r.finish_reason == "length" and sampled(r.tree) == r.total_tokens == r.token_latency == r.decode_steps == 20
+    endless = lambda branch, tokenizer: [] if branch.path else encode_text(tokenizer, block("1:p", "2:q", "3:r"))
+    r = generate(model, char, ["7?"], DecodeConfig(hook=Script(char, endless), limits=Limits(max_tokens=38)))[0]
+    assert len(chars(block("1:p", "2:q", "3:r"))) == 18                     # 20 are left: 6 for each thread, 2 for the trunk
+    assert r.finish_reason == "length" and sampled(r.tree) == 18 + 3 * 6 + 2
+    assert [str(e) for e in r.errors] == [f"length in thread {i}" for i in "123"] and r.forks == 1
+
+
+@pytest.mark.parametrize("end, rule", [("", "length"), ("<eos>", "end of sequence")])
+def test_thread_that_does_not_end(end, rule):
+    def plan(branch, tokenizer):
+        if branch.path: return encode_text(tokenizer, "ab</Thread>" if branch.path[-1][1] == 2 else "a" + end)
+        return encode_text(tokenizer, "so \\boxed{56}<eos>" if branch.forks else block("1:p", "2:q"))
+    config = DecodeConfig(hook=Script(char, plan), limits=Limits(max_thread_tokens=9))
+    r = generate(tiny("Qwen3", char), char, ["7?"], config)[0]
+    assert r.finish_reason == "stop" and r.answer == "56" and r.text.count("</Thread>") == 2 and r.text.endswith("}")
+    assert [(e.rule, e.path) for e in r.errors if isinstance(e, ThreadError)] == [(rule, "1")] and not r.well_formed
+    wrote = {9: 9, 2: 1}[9 if not end else 2]   # tokens of thread 1 that stay
+    assert r.token_latency == 13 + 3 + max(wrote + 1 + bool(end), 3) + 1 + len("so \\boxed{56}") + 1
+
+
+FRAGMENTS = [encode_text(char, t) for t in [
+    block("1:p", "2:q"), block("1:p", "2:q"), block("1:p", "2:q", "3:r"), block("1:p", "2:q", "3:r", "4:s", "5:t"), block("1:p"),
+    block("2:p", "1:q"), block(), "<Parallel>", "<Outlines></Outlines>", "</Outlines>", "</Thread>", "</Thread>", "<eos>",
+    "<Conclusion>7</Conclusion></Thread>", "<Conclusion>", "</Conclusion>", "</Parallel>", "<Thread>1:"]]
+ALL_CONTROL = [*control_ids(char).values(), char.eos_token_id]
+
+
+def nonsense(branch):
+    "Fragments of control tokens, whole forks among them, and free tokens between."
+    rng, plan = random.Random(repr((branch.machine.tree.ids[0], branch.path, branch.forks, len(branch.tail)))), []
+    while len(plan) < 24:
+        kind = rng.random()
+        if kind < .5: plan += rng.choice(FRAGMENTS)
+        elif kind < .8: plan += [rng.choice(ALL_CONTROL)]
+        else: plan += [None] * rng.randint(1, 3)
+    return plan
+
+
+class Push:
+    "A hook that adds a large bonus; where there is none, any token may come."
+    def __init__(self): self.plan = functools.cache(lambda branch, stop: nonsense(branch))
+    def __call__(self, branch, ids, logits):
+        plan = self.plan(branch, len(branch.tail))
+        if len(ids) >= len(plan) or plan[len(ids)] is None: return logits
+        logits = logits.clone()
+        logits[plan[len(ids)]] += 1000.
+        return logits
+
+
+def within(nodes, limits, level=1):
+    forks = [n for n in nodes if isinstance(n, Fork)]
+    return len(forks) <= limits.max_forks and (not forks or level <= limits.max_depth) and all(
+        2 <= len(f.threads) <= limits.max_threads and all(within(t.body, limits, level + 1) for t in f.threads) for f in forks)
+
+
+TIGHT = {"deep": Limits(max_threads=4, max_forks=2, max_depth=2, max_tokens=48, max_thread_tokens=20),
+         "flat": Limits(max_threads=4, max_forks=1, max_depth=1, max_tokens=64, max_thread_tokens=17)}
+
+
+@pytest.mark.parametrize("limits", TIGHT.values(), ids=TIGHT)
+def test_a_thousand_rollouts_of_nonsense(limits):
+    model = tiny("Qwen3", char, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, head_dim=8, intermediate_size=16)
+    config = DecodeConfig(temperature=1., limits=limits, batch=250, hook=Push())
+    rollouts = generate(model, char, [str(i) for i in range(1000)], config)
+    assert len(rollouts) == 1000
+    reasons, forks, errors = Counter(), Counter(), Counter()
+    for i, r in enumerate(rollouts):
+        n = sampled(r.tree)
+        assert r.question == str(i) and n <= limits.max_tokens and len(r.logprobs) == n and within(r.trajectory, limits)
+        assert r.tree == replayed(r, char, config)
+        assert r.finish_reason != "length" or n == limits.max_tokens
+        assert torch.isfinite(r.logprobs).all() and 0 < r.token_latency <= r.total_tokens and r.decode_steps <= r.token_latency
+        reasons[r.finish_reason] += 1
+        forks[r.forks] += 1
+        errors.update({e.rule for e in r.errors})
+    assert set(reasons) == {"stop", "length"} and min(reasons.values()) > 50
+    assert sum(n for f, n in forks.items() if f) > 200
+    expected = {"length", "end of sequence", "max_threads", "close_without_open", "too_few_outlines"}
+    assert expected | ({"max_depth", "max_forks"} if limits.max_depth == 1 else set()) <= set(errors) and max(forks) >= limits.max_forks
+    same_logprobs(model, rollouts[:40])
+
+
+# ---- choosing a token
+
+def slow_filter(row, temperature, top_k, top_p):
+    "By the definition, one row of numbers at a time."
+    row = row.double() / temperature
+    kept = set(range(len(row)))
+    if top_k: kept = {i for i in kept if sum(x > row[i] for x in row) < top_k}
+    if top_p < 1:
+        p = {i: row[i].exp().item() for i in kept}
+        total, mass, chosen = sum(p.values()), 0., set()
+        for i in sorted(p, key=p.get, reverse=True):
+            if mass / total >= top_p: break
+            chosen.add(i)
+            mass += p[i]
+        kept = chosen
+    return kept
+
+
+def test_filter_logits():
+    for rng in rngs(60, "filter"):
+        logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(rng.randrange(10 ** 6))) * 2
+        t, k, p = rng.choice([.3, 1., 2.]), rng.choice([0, 1, 3, 12, 50]), rng.choice([1., .95, .6, .1, 1e-6])
+        for row, out in zip(logits, filter_logits(logits, t, k, p), strict=True):
+            kept = slow_filter(row, t, k, p)
+            assert {i for i in range(12) if out[i] > -torch.inf} == kept and kept
+            assert all(torch.isclose(out[i], row[i] / t) for i in kept)
+
+
+def test_noise_is_gumbel():
+    keys = torch.arange(1, 65) * 1_000_003
+    noise = gumbel_noise(keys, keys % 97, 20_000)
+    assert abs(noise.mean() - .5772) < .005 and abs(noise.var() - 1.6449) < .02
+    for x in (-1., 0., 1., 2., 4., 8.):                    # the distribution function, in its tail too
+        p, n = torch.tensor(-x).exp().neg().exp().item(), noise.numel()
+        assert abs((noise <= x).float().mean().item() - p) < 4 * (p * (1 - p) / n) ** .5 + 1e-6
+    flat = noise[:, :1000]
+    assert len(flat.unique()) > .95 * flat.numel()
+    assert abs(torch.stack([flat[:-1].flatten(), flat[1:].flatten()]).corrcoef()[0, 1]) < .02
+
+
+def test_noise_is_finite_whatever_the_bits(monkeypatch):
+    "Infinite noise would win against any logit, once in some million draws: every hundred tokens for a large vocabulary."
+    ones = [0, -1, 2 ** 63 - 1, -2 ** 63, *(2 ** i for i in range(63)), *(2 ** i - 1 for i in range(63)), *(-2 ** i for i in range(63))]
+    monkeypatch.setattr(decode, "_mix", lambda x: torch.tensor(ones)[None])
+    noise = gumbel_noise(torch.tensor([1]), torch.tensor([1]), len(ones))
+    assert torch.isfinite(noise).all() and noise.min() > -4 and 10 < noise.max() < 40
+
+
+def test_noise_does_not_depend_on_the_batch():
+    keys, steps = torch.tensor([3, 99, 2 ** 61]), torch.tensor([0, 7, 7])
+    together = gumbel_noise(keys, steps, 50)
+    for i in range(3): assert torch.equal(together[i:i + 1], gumbel_noise(keys[i:i + 1], steps[i:i + 1], 50))
+    assert torch.equal(together[:, :20], gumbel_noise(keys, steps, 20))   # nor on a padded vocabulary
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+def test_frequencies(options):
+    n, config = 40_000, DecodeConfig(**{"temperature": 1., **options})
+    logits = torch.tensor([2., 1.5, 1., 0., 0., -1., -2., -4.])
+    drawn = choose(logits.expand(n, -1), config, torch.arange(n) * 7_777_777 + 1, torch.arange(n) % 31)
+    p = filter_logits(logits[None], config.temperature, config.top_k, config.top_p)[0].softmax(-1)
+    counts = torch.bincount(drawn, minlength=8)
+    assert (counts[p == 0] == 0).all()
+    some = p > 0
+    chi2 = ((counts[some] - n * p[some]) ** 2 / (n * p[some])).sum()
+    assert chi2 < 30     # at most 7 degrees of freedom: one run in 10,000 is above 30
+
+
+def test_greedy_takes_the_likeliest():
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(choose(logits, DecodeConfig(), None, None), logits.argmax(-1))
+    keys = torch.arange(5)
+    for options in (dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-4)):
+        assert torch.equal(choose(logits, DecodeConfig(**{"temperature": 1., **options}), keys, keys), logits.argmax(-1))
+
+
+# ---- modes
+
+def wants_forks(token):
+    def hook(branch, ids, logits):
+        logits = logits.clone()
+        logits[token] += 1000.
+        return logits
+    return hook
+
+
+@pytest.mark.parametrize("temperature", [0., 1.])
+def test_sequential_never_forks(temperature):
+    opening = control_ids(char)["<Parallel>"]
+    config = DecodeConfig(mode="sequential", temperature=temperature, hook=wants_forks(opening), limits=Limits(max_tokens=25))
+    for r in generate(tiny("Qwen3", char), char, ["7?", "8?"], config):
+        assert all(opening not in ids for ids in r.tree.ids) and not r.forks
+        assert r.tree.sampled == [False, True] and r.token_latency == r.total_tokens
+
+
+def test_autoregressive_is_one_line():
+    text = block("1:p", "2:q") + "<Thread>1:7</Thread><Thread>2:8</Thread></Parallel>\\boxed{56}"
+    config = DecodeConfig(mode="autoregressive", hook=Script(char, lambda branch, tokenizer: encode_text(tokenizer, text + "<eos>")))
+    r = generate(tiny("Qwen3", char), char, ["7?"], config)[0]
+    assert r.text == text and r.tree.sampled == [False, True] and r.finish_reason == "stop" and r.answer == "56"
+    assert r.tree.ids[1] == encode_text(char, text + "<eos>") and r.tree == replayed(r, char, config)
+    assert r.token_latency == r.total_tokens == r.decode_steps == len(chars(text)) + 1
+
+
+# ---- the cache
+
+def spied(monkeypatch):
+    "A FlatCache whose every forward pass is recorded: where it wrote, and whether anything else changed or moved."
+    log = []
+    class Spy(FlatCache):
+        def aim(self, rows, where, used):
+            super().aim(rows, where, used)
+            log.append({"flat": self.flat.tolist(), "moved": False})
+
+        def update(self, keys, values, layer, *args, **kwargs):
+            stores = [s[layer] for s in (self.keys, self.values) if layer < len(s)]
+            before = [(s.data_ptr(), s.clone()) for s in stores]
+            out = super().update(keys, values, layer, *args, **kwargs)
+            others = [i for i in range(self.rows * self.slots) if i not in set(self.flat.tolist())]
+            for (address, old), store in zip(before, [self.keys[layer], self.values[layer]], strict=False):
+                log[-1]["moved"] |= store.data_ptr() != address
+                assert torch.equal(store.flatten(0, 1)[others], old.flatten(0, 1)[others])
+            return out
+
+        def move(self, source, target, used): log.append("move"); super().move(source, target, used)
+        def grow(self, slots): log.append("grow"); super().grow(slots)
+    monkeypatch.setattr(decode, "FlatCache", Spy)
+    return log
+
+
+def test_a_fork_copies_nothing(monkeypatch):
+    model, log, stats = tiny("Qwen3", char), spied(monkeypatch), {}
+    plan = lambda branch, tokenizer: deep_plan(branch, tokenizer) if branch.depth < 2 else encode_text(tokenizer, "ab</Thread>")
+    r = generate(model, char, ["7?"], DecodeConfig(hook=Script(char, plan), limits=ROOMY), stats=stats)[0]
+    assert r.forks == 3 and "move" not in log
+    passes = [e for e in log if isinstance(e, dict)]
+    assert len(passes) == stats["forwards"]
+    assert "grow" not in log and not any(p["moved"] for p in passes)        # the tensors stay where they are
+    written = Counter(i for p in passes for i in p["flat"])
+    slots = sorted(i for i in written if i != 255)                          # the last one takes padding
+    assert all(written[i] == 1 for i in slots) and slots == list(range(len(slots)))   # no slot twice, none left out
+    #  every token of the tree lies in exactly one slot, but for the last of a thread that nobody reads and <eos>
+    unread = sum(1 for s in range(len(r.tree)) if r.tree.sampled[s] and not any(s in p for p in r.tree.parents))
+    assert unread == 4 and len(slots) == sum(map(len, r.tree.ids)) - unread
+
+
+def test_a_fork_reads_only_the_seeds():
+    "At a fork the model reads the last token of the trunk and the seeds; the shared prefix is not read again."
+    model, sizes = tiny("Qwen3", char), []
+    config = said(["x=" + block("1:p", "2:q", "3:r"), "y<eos>"], ["12</Thread>"] * 3)
+    handle = model.register_forward_pre_hook(lambda m, a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    generate(model, char, ["12345678?"], config)
+    handle.remove()
+    #  prompt; the trunk token by token; </Outlines> and 3 seeds of 3; three lanes twice; then the joined line at once
+    joined = 1 + 2 * (3 + 3) + 1
+    assert sizes == [(1, 9)] + [(1, 1)] * 19 + [(1, 1 + 3 * 3)] + [(1, 3)] * 2 + [(1, joined)] + [(1, 1)]
+
+
+def test_cache_grows_and_moves():
+    cache, where = FlatCache(2, 4), torch.tensor([[0, 1], [1, 0]])
+    k = torch.arange(2 * 3 * 2 * 5.).reshape(2, 3, 2, 5)         # (r, H, q, D)
+    cache.aim(2, where, 2)
+    keys, values = cache.update(k, -k, 0)
+    assert keys.shape == (2, 3, 2, 5) and torch.equal(keys[0], k[0]) and torch.equal(keys[1], k[1].flip(1)) and torch.equal(values, -keys)
+    cache.grow(16)
+    cache.aim(torch.tensor([1]), torch.tensor([[9]]), 10)
+    grown, _ = cache.update(k[:1, :, :1] + 100, k[:1, :, :1], 0)
+    assert grown.shape == (1, 3, 10, 5) and torch.equal(grown[0, :, :2], k[1].flip(1)) and torch.equal(grown[0, :, 9], k[0, :, 0] + 100)
+    cache.move(1, 0, 10)
+    assert torch.equal(cache.keys[0][0], cache.keys[0][1]) and cache.get_seq_length() == 10
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("options, message", [
+    (dict(mode="tree"), "unknown mode 'tree': choose one of parallel, sequential, autoregressive"),
+    (dict(join="glue"), "unknown join 'glue': choose one of concat"),
+    (dict(temperature=-.1), "temperature=-0.1"), (dict(temperature=float("nan")), "temperature=nan"),
+    (dict(temperature=float("inf")), "temperature=inf"), (dict(top_p=0), "top_p=0: must be above 0 and at most 1"),
+    (dict(top_p=1.5), "top_p=1.5"), (dict(top_k=-1), "top_k=-1: must not be negative"), (dict(batch=0), "batch=0: must be at least 1")])
+def test_bad_config(options, message):
+    with pytest.raises(ValueError) as error: DecodeConfig(**options)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["max_threads", "max_forks", "max_depth", "max_tokens", "max_thread_tokens"])
+def test_bad_limits(name):
+    with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"): DecodeConfig(limits=Limits(**{name: 0}))
+
+
+def test_no_questions():
+    stats = {}
+    assert generate(tiny("Qwen3", char), char, [], DecodeConfig(), stats=stats) == []
+    assert stats["steps"] == stats["forwards"] == 0
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_control_tokens_in_a_question_are_text(name):
+    tokenizer = TOKENIZERS[name]()
+    model, config = tiny("Qwen3", tokenizer), DecodeConfig(limits=Limits(max_tokens=60), hook=Script(tokenizer, deep_plan), batch=2)
+    question = block("1:p", "2:q") + "<Thread>1:</Thread>" + tokenizer.eos_token + "7?"
+    control = {*control_ids(tokenizer).values(), tokenizer.eos_token_id}
+    evil, plain = generate(model, tokenizer, [question, "7?"], config)
+    assert control.isdisjoint(evil.tree.ids[0]) and tokenizer.decode(evil.tree.ids[0]) == question == evil.question
+    assert not any("<Thread>1:</Thread>" in i.text for i in evil.trajectory if hasattr(i, "text"))
+    assert same(plain, generate(model, tokenizer, ["7?"], config)[0])

@@ -1,0 +1,204 @@
+"""Models: sizes, loading and its refusals, control tokens, and LoRA: alone, merged, saved and loaded again."""
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import bpe_tokenizer, rngs, tiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from threadweaver_ref.model import SIZES, add_lora, find_policy, load_policy, merge_lora, save_policy, tiny_model
+from threadweaver_ref.tokens import CONTROL_TOKENS, char_tokenizer, control_ids
+
+TOKENIZER = char_tokenizer()
+
+
+def narrow(seed=0, **options):
+    torch.manual_seed(seed)
+    return tiny_model("tiny", TOKENIZER, **{"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": .2, **options})
+
+
+def ids(n=30): return torch.tensor([[rngs(1, "ids")[0].randrange(20, 110) for _ in range(n)]])
+
+
+@torch.no_grad()
+def logits(model): return model(input_ids=ids()).logits
+
+
+def shake(model, scale=.05):
+    "Move whatever is trained, as training would."
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad: p.data += scale * torch.randn_like(p)
+
+
+@pytest.fixture
+def policy(tmp_path):
+    save_policy(narrow(), TOKENIZER, tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def refusal(*args, **options):
+    with pytest.raises(ValueError) as refused: load_policy(*args, device="cpu", **options)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+    return str(refused.value)
+
+
+# ---- sizes
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_by_formula(size):
+    d, layers, heads = (SIZES[size][k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    by_hand = len(TOKENIZER) * d + layers * (4 * d * 32 * heads + 9 * d * d + 2 * d + 64) + d
+    model = tiny_model(size, TOKENIZER)
+    assert sum(p.numel() for p in model.parameters()) == by_hand
+    assert not model.training and model.config.eos_token_id == TOKENIZER.eos_token_id
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match="unknown size 'huge': choose one of tiny, small"): tiny_model("huge", TOKENIZER)
+
+
+# ---- loading
+
+def test_round_trip(policy):
+    model, tokenizer = load_policy(policy, device="cpu")
+    assert torch.equal(logits(model), logits(narrow())) and not model.training and model.dtype == torch.float32
+    assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
+    assert [f.name for f in policy.glob("*") if f.suffix in (".bin", ".pt", ".pkl")] == [] and (policy / "model.safetensors").is_file()
+
+
+def test_shipped():
+    model, tokenizer = load_policy("tiny-base", device="cpu")
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_names_are_not_downloaded(monkeypatch, tmp_path):
+    assert find_policy("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    monkeypatch.setenv("THREADWEAVER_DATA", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="none shipped"): find_policy("tiny-base")
+
+
+def test_a_folder_needs_no_data_folder(policy, monkeypatch, tmp_path):
+    monkeypatch.setenv("THREADWEAVER_DATA", str(tmp_path / "none"))
+    load_policy(policy, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["nope", "a/b/c", "./nope", "/nope"])
+def test_unknown_names(name):
+    assert repr(name) in refusal(name) and "tiny-base" in refusal(name)
+
+
+def test_folder_without_config(tmp_path): assert "it has no config.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000, 20_000])
+def test_truncated_weights(policy, keep):
+    weights = policy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert refusal(policy).startswith(f"cannot load policy {str(policy)!r}: Error while deserializing")
+
+
+def test_missing_files(policy):
+    (policy / "model.safetensors").unlink()
+    assert "model.safetensors" in refusal(policy)
+    (policy / "config.json").write_text("{")
+    assert "not a valid JSON" in refusal(policy)
+
+
+def test_a_missing_weight_is_not_made_up(policy):
+    weights = load_file(policy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, policy / "model.safetensors", {"format": "pt"})
+    assert "no weights for model.layers.1.mlp.up_proj.weight" in refusal(policy)
+
+
+def test_another_shape(policy):
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    refusal(policy)
+
+
+def test_pickled_weights_are_not_read(policy):
+    torch.save(load_file(policy / "model.safetensors"), policy / "pytorch_model.bin")
+    (policy / "model.safetensors").unlink()
+    assert "safetensors" in refusal(policy)
+
+
+# ---- control tokens
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_control_tokens_are_added_at_the_mean(tmp_path, tied):
+    words = {w: i for i, w in enumerate(["<pad>", "<eos>", *"0123456789+-*/=;?"])}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    plain = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
+    stranger = tiny("Qwen3", plain, tie_word_embeddings=tied)
+    save_policy(stranger, plain, tmp_path / "stranger")
+    model, tokenizer = load_policy(tmp_path / "stranger", device="cpu")
+    assert len(tokenizer) == len(plain) + len(CONTROL_TOKENS) == model.config.vocab_size
+    for ours, theirs in [(model.get_input_embeddings(), stranger.get_input_embeddings()),
+                         (model.get_output_embeddings(), stranger.get_output_embeddings())]:
+        old, new = ours.weight[:len(plain)], ours.weight[len(plain):]
+        assert torch.equal(old, theirs.weight) and torch.allclose(new, old.mean(0).expand_as(new), atol=1e-6)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    save_policy(model, tokenizer, tmp_path / "again")   # and now they are there
+    assert torch.equal(load_policy(tmp_path / "again", device="cpu")[0].get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+# ---- LoRA
+
+@pytest.mark.parametrize("arch, tied", [("Qwen3", True), ("Llama", False)])
+@pytest.mark.parametrize("new_tokens", [False, True])
+def test_lora_round_trip(tmp_path, arch, tied, new_tokens):
+    base = tiny(arch, TOKENIZER, tie_word_embeddings=tied)
+    save_policy(base, TOKENIZER, tmp_path / "base")
+    before = logits(base)
+    lora = add_lora(base, r=4, train_tokens=list(control_ids(TOKENIZER).values()) if new_tokens else ())
+    assert torch.equal(logits(lora), before)
+    trained = [n for n, p in lora.named_parameters() if p.requires_grad]
+    assert trained and all("lora" in n or new_tokens and "trainable_tokens" in n for n in trained)
+    shake(lora)
+    moved = logits(lora)
+    assert (moved - before).abs().max() > .1
+    save_policy(lora, TOKENIZER, tmp_path / "adapter")
+    assert {f.suffix for f in (tmp_path / "adapter").glob("adapter_model.*")} == {".safetensors"}
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as f: assert len(f.keys()) >= len(trained)
+    adapted, _ = load_policy(tmp_path / "base", adapter=tmp_path / "adapter", device="cpu")
+    assert torch.allclose(logits(adapted), moved, atol=1e-4)
+    merged = merge_lora(lora)
+    assert torch.allclose(logits(merged), moved, atol=1e-4)
+    save_policy(merged, TOKENIZER, tmp_path / "merged")
+    assert torch.equal(logits(load_policy(tmp_path / "merged", device="cpu")[0]), logits(merged))
+    assert torch.equal(logits(load_policy(tmp_path / "base", device="cpu")[0]), before)   # the base is as it was
+
+
+def test_new_token_rows_learn_both_as_input_and_as_output():
+    model = add_lora(tiny("Llama", TOKENIZER, tie_word_embeddings=False), r=2, train_tokens=[5, 6])
+    assert sum("trainable_tokens" in n for n, p in model.named_parameters() if p.requires_grad) == 2
+    model = add_lora(narrow(), r=2, train_tokens=[5, 6])
+    assert sum("trainable_tokens" in n for n, p in model.named_parameters() if p.requires_grad) == 1
+
+
+def test_adapters_that_cannot_be(policy, tmp_path):
+    assert "it has no adapter_config.json" in refusal(policy, adapter=tmp_path / "nope")
+    assert "it has no adapter_config.json" in refusal(policy, adapter=policy)
+    save_policy(add_lora(narrow(), r=2), TOKENIZER, tmp_path / "adapter")
+    assert "load its base with adapter=" in refusal(tmp_path / "adapter")
+    save_policy(narrow(hidden_size=64), TOKENIZER, tmp_path / "wider")
+    assert "size mismatch" in refusal(tmp_path / "wider", adapter=tmp_path / "adapter")
+    shutil.copy(policy / "config.json", tmp_path / "adapter" / "adapter_model.safetensors")   # not safetensors at all
+    refusal(policy, adapter=tmp_path / "adapter")
+    with pytest.raises(ValueError, match="nothing to merge"): merge_lora(narrow())
+
+
+def test_a_bpe_policy(tmp_path):
+    tokenizer = bpe_tokenizer()
+    model = tiny("Llama", tokenizer)
+    save_policy(model, tokenizer, tmp_path)
+    loaded, its = load_policy(tmp_path, device="cpu")
+    assert its("12 clips<Thread>")["input_ids"] == tokenizer("12 clips<Thread>")["input_ids"]
+    assert torch.equal(logits(loaded), logits(model))

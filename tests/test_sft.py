@@ -1,0 +1,274 @@
+"""Fine-tuning: packed against unit by unit, each token once, micro-batches, exact resume, several processes, recipes."""
+import json
+import random
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny
+
+from threadweaver_ref.forkjoin import replay, units
+from threadweaver_ref.model import add_lora, tiny_model
+from threadweaver_ref.sft import (
+    RECIPES,
+    SFTConfig,
+    curriculum,
+    example_tree,
+    micro_batches,
+    packing_ratio,
+    share,
+    step_batches,
+    step_problems,
+    token_counts,
+    train_recipe,
+    train_sft,
+)
+from threadweaver_ref.tasks import BENCH_FAMILIES, held_out, sum_of_products, trace, training_problem
+from threadweaver_ref.tokens import char_tokenizer, encode_prompt
+from threadweaver_ref.tree import collate, tree_logprobs
+
+TOKENIZER = char_tokenizer()
+RUNNING = sum_of_products([(12, 3), (4, 5)])
+MIXED = [training_problem(random.Random(1), [name]) for name in BENCH_FAMILIES]
+SHORT = SFTConfig(steps=6, batch=4, save_every=2, micro_tokens=512)
+
+
+def prompt(p): return encode_prompt(TOKENIZER, p.question)
+def flat(tensors): return torch.cat([t.detach().flatten() for t in tensors])
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def fresh(seed=0, **options):
+    torch.manual_seed(seed)
+    return tiny_model("tiny", TOKENIZER, **{"hidden_size": 32, "num_hidden_layers": 2, **options})
+
+
+# ---- packed against unit by unit
+
+@pytest.mark.parametrize("arch", ["Qwen3", "Llama"])
+@pytest.mark.parametrize("problems", [[RUNNING], MIXED], ids=["running example", "every family"])
+@pytest.mark.parametrize("join", ["concat"])
+def test_packed_loss_and_gradient(arch, problems, join):
+    model = tiny(arch, TOKENIZER)
+    requests = [u for p in problems for u in units(trace(p), prompt(p), TOKENIZER, join)]
+    count = sum(len(completion) for _, completion in requests)
+    alone = 0
+    for context, completion in requests:   # one plain causal run each
+        logprobs = model(torch.tensor([context + completion])).logits[0, len(context) - 1:-1].log_softmax(-1)
+        loss = -logprobs[range(len(completion)), completion].sum() / count
+        loss.backward()
+        alone += loss.item()
+    slow = flat(p.grad for p in model.parameters())
+    model.zero_grad()
+    packed = [replay(trace(p), prompt(p), TOKENIZER, join).pack() for p in problems]
+    together = 0
+    for group in micro_batches(packed, 2048):
+        loss = -tree_logprobs(model, collate(group)).sum() / count
+        loss.backward()
+        together += loss.item()
+    fast = flat(p.grad for p in model.parameters())
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert (fast - slow).norm() / slow.norm() < 1e-5
+
+
+def test_each_generated_token_once():
+    for p in [RUNNING, *MIXED]:
+        packed = replay(trace(p), prompt(p), TOKENIZER).pack()
+        written = Counter(i for _, completion in units(trace(p), prompt(p), TOKENIZER) for i in completion)
+        assert Counter(packed.input_ids[packed.sampled].tolist()) == written
+
+
+def test_packing_saves_half_of_the_tokens():
+    rng = random.Random(0)
+    problems = [curriculum(rng, 1000) for _ in range(200)]
+    forked = [p for p in problems if len(replay(trace(p), prompt(p), TOKENIZER)) > 2]
+    assert len(forked) > 100 and packing_ratio(forked, TOKENIZER) > 2
+    assert packing_ratio(problems, TOKENIZER) > 1.9   # chains and all
+    assert packing_ratio([p for p in problems if p.family == "chain"], TOKENIZER) == 1
+    requests = units(trace(RUNNING), prompt(RUNNING), TOKENIZER)
+    assert token_counts(RUNNING, TOKENIZER) == (sum(len(c) + len(d) for c, d in requests),
+                                                len(replay(trace(RUNNING), prompt(RUNNING), TOKENIZER).pack()))
+
+
+# ---- batches
+
+def test_config_is_validated():
+    for bad in (dict(steps=0), dict(batch=0), dict(micro_tokens=0), dict(save_every=0), dict(sequential=.8, autoregressive=.3),
+                dict(sequential=-.5, autoregressive=1)):
+        with pytest.raises(ValueError): SFTConfig(**bad)
+
+
+def test_modes():
+    config = SFTConfig(sequential=1, autoregressive=0)
+    assert len(example_tree(RUNNING, TOKENIZER, config, random.Random(0))) == 2
+    flat_line = example_tree(RUNNING, TOKENIZER, SFTConfig(sequential=0, autoregressive=1), random.Random(0))
+    assert len(flat_line) == 2 and TOKENIZER.decode(flat_line.ids[1]).count("<Thread>") == 2
+    assert len(example_tree(RUNNING, TOKENIZER, SFTConfig(sequential=0, autoregressive=0), random.Random(0))) > 2
+
+
+def test_an_epoch_sees_every_problem_once():
+    config = SFTConfig(batch=3)
+    seen = [p for step in range(10) for p in step_problems(range(15), step, config, None)]
+    assert sorted(seen[:15]) == sorted(seen[15:]) == list(range(15)) and seen[:15] != seen[15:]
+
+
+def test_a_step_depends_on_seed_and_number_alone():
+    config = SFTConfig(batch=6)
+    one, two, other = (step_batches(MIXED, 3, TOKENIZER, c) for c in (config, config, replace(config, seed=1)))
+    ids = [[p.input_ids.tolist() for g in groups for p in g] for groups in (one, two, other)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_micro_batches():
+    packed = [p for s in range(4) for g in step_batches(MIXED, s, TOKENIZER, SFTConfig(batch=8)) for p in g]
+    groups = micro_batches(packed, 1500)
+    assert sorted(map(id, packed)) == sorted(id(p) for g in groups for p in g)
+    assert all(len(g) == 1 or len(g) * max(map(len, g)) <= 1500 for g in groups)
+
+
+@pytest.mark.parametrize("n, processes", [(5, 2), (4, 2), (1, 3), (7, 1)])
+def test_processes_share_a_step(n, processes):
+    parts = [share(list(range(n)), i, processes) for i in range(processes)]
+    assert len({len(part) for part in parts}) == 1   # each makes as many backward passes
+    assert sorted(g for part in parts for g, weight in part if weight) == list(range(n))
+
+
+# ---- training
+
+def test_the_cut_into_micro_batches_changes_nothing():
+    ends = []
+    for limit in (1, 600, 10 ** 6):
+        model = fresh()
+        log = train_sft(model, TOKENIZER, MIXED, SFTConfig(steps=1, batch=6, micro_tokens=limit, warmup=0, lr=1e-3, clip=1e9))
+        ends.append((log[0]["loss"], log[0]["grad_norm"], log[0]["sampled"]))
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5) and ends[1] == pytest.approx(ends[2], rel=1e-5)
+
+
+def test_it_learns_and_ends_in_eval_mode():
+    model = fresh()
+    log = train_sft(model, TOKENIZER, [RUNNING], SFTConfig(steps=30, batch=2, lr=1e-2, sequential=0, autoregressive=0))
+    assert log[-1]["loss"] < log[0]["loss"] / 2 and not model.training
+    assert [row["step"] for row in log] == list(range(1, 31)) and all(row["lr"] >= 0 for row in log)
+
+
+def stop_at(n):
+    def on_step(step, row):
+        if step == n: raise KeyboardInterrupt
+    return on_step
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 5])
+def test_exact_resume(tmp_path, stopped):
+    through, first, second = fresh(), fresh(), fresh()
+    log = train_sft(through, TOKENIZER, MIXED, SHORT)
+    config = replace(SHORT, folder=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt): train_sft(first, TOKENIZER, MIXED, config, stop_at(stopped))
+    (tmp_path / "part").mkdir(exist_ok=True)
+    (tmp_path / "part" / "half").write_text("of a save that was interrupted")
+    with open(tmp_path / "log.jsonl", "a") as f: f.write('{"step": 6, "lo')   # of a line, too
+    resumed = train_sft(second, TOKENIZER, MIXED, config)
+    assert same(through, second)
+    on_disk = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert on_disk == resumed
+    assert [(r["step"], r["loss"], r["lr"]) for r in resumed] == [(r["step"], r["loss"], r["lr"]) for r in log]
+    assert all(a["seconds"] <= b["seconds"] for a, b in zip(resumed, resumed[1:], strict=False))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "step-000006"]
+
+
+def test_a_finished_run_is_loaded_not_repeated(tmp_path):
+    config = replace(SHORT, folder=str(tmp_path))
+    first, again = fresh(), fresh(seed=1)
+    log = train_sft(first, TOKENIZER, MIXED, config)
+    assert train_sft(again, TOKENIZER, MIXED, config, stop_at(1)) == log and same(first, again)
+    with pytest.raises(ValueError, match="beyond the 3 steps"): train_sft(again, TOKENIZER, MIXED, replace(config, steps=3))
+
+
+def test_lora_trains_and_resumes(tmp_path):
+    def adapted(): return add_lora(fresh(), r=2, train_tokens=[5])
+    through, first, second = adapted(), adapted(), adapted()
+    before = flat(p for n, p in through.named_parameters() if not p.requires_grad)
+    train_sft(through, TOKENIZER, MIXED, SHORT)
+    assert torch.equal(before, flat(p for n, p in through.named_parameters() if not p.requires_grad))
+    config = replace(SHORT, folder=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt): train_sft(first, TOKENIZER, MIXED, config, stop_at(5))
+    train_sft(second, TOKENIZER, MIXED, config)
+    assert same(through, second)
+
+
+def test_no_problems(tmp_path):
+    with pytest.raises(ValueError, match="there are no problems to train on"):
+        train_sft(fresh(), TOKENIZER, [], replace(SHORT, folder=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_changes_nothing(tmp_path):
+    model = fresh()
+    with torch.no_grad(): model.model.norm.weight[0] = float("nan")
+    before = flat(model.parameters())
+    with pytest.raises(FloatingPointError, match="loss nan"): train_sft(model, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path)))
+    assert torch.equal(flat(model.parameters()).nan_to_num(), before.nan_to_num()) and not list(tmp_path.glob("step-*"))
+
+
+def test_mixed_precision_comes_off_again():
+    model = fresh()
+    train_sft(model, TOKENIZER, [RUNNING], SFTConfig(steps=1, batch=2, mixed_precision="bf16"))
+    twin = fresh()
+    twin.load_state_dict(model.state_dict())
+    ids = torch.tensor([prompt(RUNNING)])
+    with torch.no_grad(): assert torch.equal(model(ids).logits, twin(ids).logits)
+    train_sft(model, TOKENIZER, [RUNNING], SFTConfig(steps=1, batch=2, mixed_precision="no"))
+
+
+# ---- recipes
+
+def test_curriculum_keeps_to_training_problems():
+    rng = random.Random(0)
+    drawn = [curriculum(rng, step) for step in (0, 400, 1000, 2000) for _ in range(25)]
+    assert {p.family for p in drawn} == set(BENCH_FAMILIES) and not held_out() & {p.question for p in drawn}
+
+
+def test_recipes(tmp_path):
+    with pytest.raises(ValueError, match="unknown recipe 'nope': choose one of tiny-base, tiny-sft"): train_recipe("nope")
+    model, _, log = train_recipe("tiny-base", runs=tmp_path, steps=1, batch=2)
+    assert len(log) == 1 and (tmp_path / "tiny-base" / "step-000001").is_dir()
+    _, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)
+    assert log[0]["loss"] < 1   # it starts from tiny-base, and not from random weights
+    assert set(RECIPES) == {"tiny-base", "tiny-sft"}
+
+
+# ---- several processes
+
+PROCESS = """
+    import sys, torch
+    sys.path.insert(0, {tests!r})
+    from test_sft import MIXED, SHORT, TOKENIZER, fresh, replace, train_sft
+    torch.set_num_threads(1)
+    model = fresh()
+    if len(sys.argv) > 2:
+        def stop(step, row):
+            if step == 3: raise SystemExit(0)
+        train_sft(model, TOKENIZER, MIXED, replace(SHORT, folder=sys.argv[1]), stop)
+    log = train_sft(model, TOKENIZER, MIXED, replace(SHORT, folder=sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_update(tmp_path):
+    "Two gloo processes on the CPU, stopped and resumed once, against one that went through."
+    script = tmp_path / "process.py"
+    script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent))))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+              "--dynamo_backend=no", "--main_process_port=29617", str(script), str(tmp_path / "run")]
+    for extra in (["stop"], []): subprocess.run(launch + extra, check=True, timeout=300)
+    one = fresh()
+    log = train_sft(one, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path / "alone")))
+    two = fresh(seed=1)
+    its_log = train_sft(two, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path / "run")))   # finished: only loaded
+    assert [r["loss"] for r in its_log] == pytest.approx([r["loss"] for r in log], rel=1e-4)
+    assert [r["sampled"] for r in its_log] == [r["sampled"] for r in log]
+    assert torch.allclose(flat(one.parameters()), flat(two.parameters()), atol=1e-4)

@@ -1,0 +1,166 @@
+"""Measurements: what the results in `data/results` and the tables of the README come from. A plain file, like `cli.py`."""
+import datetime
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from threadweaver_ref.decode import DecodeConfig, FlatCache, generate
+from threadweaver_ref.forkjoin import replay, units
+from threadweaver_ref.tasks import BENCH_FAMILIES, bench, grade, oracle, sums, trace, training_problem
+from threadweaver_ref.tokens import control_ids, encode_prompt
+
+
+def provenance(seed=None) -> dict:
+    "Machine, versions, seed, commit and command of a measurement."
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    cpu = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": seed, "commit": commit, "machine": device,
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "date": datetime.date.today().isoformat()}
+
+
+def mixed_problems(n) -> dict:
+    "Family -> held-out problems: a third of `n` from GSM8K, the rest shared among the other families."
+    others = [f for f in BENCH_FAMILIES if f != "gsm8k"]
+    share = {"gsm8k": round(n / 3)}
+    for i, f in enumerate(others): share[f] = (n - share["gsm8k"] + len(others) - 1 - i) // len(others)
+    return {f: bench(f, k) for f, k in share.items() if k}
+
+
+def _row(problems, sequential, parallel, seconds) -> dict:
+    "One line of the comparison; speedups are means over problems (TW section 6)."
+    best = [oracle(p) for p in problems]
+    mean = statistics.fmean
+    possible = mean(o.speedup for o in best)
+    got = mean(o.sequential / r.token_latency for o, r in zip(best, parallel))
+    return {
+        "problems": len(problems),
+        "accuracy_sequential": mean(grade(r.text, p) for r, p in zip(sequential, problems)),
+        "accuracy_parallel": mean(grade(r.text, p) for r, p in zip(parallel, problems)),
+        "token_latency_sequential": mean(r.token_latency for r in sequential),
+        "token_latency_parallel": mean(r.token_latency for r in parallel),
+        "speedup_tokens": mean(s.token_latency / r.token_latency for s, r in zip(sequential, parallel)),
+        "speedup_oracle": possible, "share_of_oracle": got / possible,
+        "decode_steps_sequential": mean(r.decode_steps for r in sequential),
+        "decode_steps_parallel": mean(r.decode_steps for r in parallel),
+        "seconds_sequential": seconds[0], "seconds_parallel": seconds[1], "speedup_seconds": seconds[0] / seconds[1],
+        "fork_rate": mean(r.forks > 0 for r in parallel), "well_formed": mean(r.well_formed for r in parallel),
+    }
+
+
+def compare(model, tokenizer, families: dict, config=DecodeConfig(), progress=True) -> tuple:
+    "`(rows, rollouts)`: every family solved sequentially and in parallel; rows by family, and `all`."
+    rows, rollouts, together = {}, {}, ([], [], [], [0.0, 0.0])
+    for family, problems in tqdm(families.items(), desc="families", disable=not progress):
+        runs, seconds = [], []
+        for mode in ("sequential", "parallel"):
+            began = time.perf_counter()
+            runs.append(generate(model, tokenizer, [p.question for p in problems], replace(config, mode=mode), progress=progress))
+            seconds.append(time.perf_counter() - began)
+        rows[family], rollouts[family] = _row(problems, *runs, seconds), list(zip(problems, *runs))
+        for whole, part in zip(together, (problems, *runs)): whole.extend(part)
+        together[3][:] = [a + b for a, b in zip(together[3], seconds)]
+    rows["all"] = _row(*together)
+    return rows, rollouts
+
+
+def table(rows: dict) -> str:
+    "The comparison as text: sequential -> parallel."
+    head = ("family", "problems", "right", "token latency", "decode steps", "seconds", "speedup", "possible", "in seconds", "forks")
+    lines = [head] + [(
+        f, str(r["problems"]), f"{r['accuracy_sequential']:.1%} -> {r['accuracy_parallel']:.1%}",
+        f"{r['token_latency_sequential']:.0f} -> {r['token_latency_parallel']:.0f}",
+        f"{r['decode_steps_sequential']:.0f} -> {r['decode_steps_parallel']:.0f}",
+        f"{r['seconds_sequential']:.1f} -> {r['seconds_parallel']:.1f}", f"{r['speedup_tokens']:.2f}x", f"{r['speedup_oracle']:.2f}x",
+        f"{r['speedup_seconds']:.2f}x", f"{r['fork_rate']:.0%}") for f, r in rows.items()]
+    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, width)).rstrip() for line in lines)
+
+
+@torch.inference_mode()
+def step_cost(model, branches, context=512, repeats=30) -> float:
+    "Seconds (median) of one decode step: `branches` live branches over one cache of `context` slots."
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    cache = FlatCache(1, context + branches + 1)
+    ids = torch.ones(1, branches, dtype=torch.long, device=device)
+    mask = torch.zeros(1, 1, branches, context, dtype=dtype, device=device)
+    where, times = torch.arange(branches, device=device)[None], []
+    for _ in range(repeats + 5):
+        cache.aim(1, where, context)
+        began = time.perf_counter()
+        model(input_ids=ids, position_ids=ids * context, attention_mask=mask, past_key_values=cache, use_cache=True)
+        if device.type == "cuda": torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[5:])
+
+
+def step_costs(model, counts=(1, 2, 4, 8, 16), rounds=7) -> dict:
+    "Decode step cost by live branches, relative to one branch: medians over rounds that measure all in turn."
+    runs = [[step_cost(model, b, repeats=10) for b in counts] for _ in range(rounds)]
+    return {b: {"ms": 1e3 * statistics.median(r[i] for r in runs), "ratio": statistics.median(r[i] / r[0] for r in runs)}
+            for i, b in enumerate(counts)}
+
+
+def wall_clock(model, tokenizer, problems) -> dict:
+    "Sequential against parallel, one problem at a time, in turn: means, and the share of time outside the model."
+    rows = []
+    for p in tqdm(problems, desc="one at a time"):
+        row = {}
+        for mode in ("sequential", "parallel"):
+            stats = {}
+            rollout = generate(model, tokenizer, [p.question], DecodeConfig(mode=mode), stats=stats)[0]
+            row[mode] = {"seconds": stats["seconds"], "outside_model": 1 - stats["forward_seconds"] / stats["seconds"],
+                         "token_latency": rollout.token_latency, "right": grade(rollout.text, p)}
+        rows.append(row)
+    mean = statistics.fmean
+    result = {mode: {k: mean(r[mode][k] for r in rows) for k in rows[0][mode]} for mode in rows[0]}
+    result["speedup_seconds"] = mean(r["sequential"]["seconds"] / r["parallel"]["seconds"] for r in rows)
+    result["speedup_tokens"] = mean(r["sequential"]["token_latency"] / r["parallel"]["token_latency"] for r in rows)
+    return {"problems": len(rows), **result}
+
+
+@torch.inference_mode()
+def against_generate(model, tokenizer, problems, longest=1200) -> dict:
+    "Batched sequential decoding here against `transformers.generate` on the same batch; do the texts agree?"
+    began = time.perf_counter()
+    ours = generate(model, tokenizer, [p.question for p in problems], DecodeConfig(mode="sequential", batch=len(problems)))
+    seconds = time.perf_counter() - began
+    prompts = [encode_prompt(tokenizer, p.question) for p in problems]
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    began = time.perf_counter()
+    out = model.generate(**batch, max_new_tokens=longest, do_sample=False, suppress_tokens=[control_ids(tokenizer)["<Parallel>"]])
+    theirs = time.perf_counter() - began
+    texts = [tokenizer.decode(o[batch["input_ids"].shape[1]:], skip_special_tokens=False).split(tokenizer.eos_token)[0] for o in out]
+    return {"problems": len(problems), "seconds": seconds, "seconds_transformers": theirs, "ratio": theirs / seconds,
+            "same_text": statistics.fmean(a.text == b for a, b in zip(ours, texts))}
+
+
+def packing(tokenizer, n=200, seed=0) -> dict:
+    "Tokens through the model on forked training traces: unit by unit against packed."
+    rng, alone, packed = random.Random(seed), 0, 0
+    for _ in range(n):
+        p = training_problem(rng)
+        ids, steps = encode_prompt(tokenizer, p.question), trace(p, True)
+        alone += sum(len(c) + len(u) for c, u in units(steps, ids, tokenizer))
+        packed += len(replay(steps, ids, tokenizer).pack())
+    return {"problems": n, "tokens_unit_by_unit": alone, "tokens_packed": packed, "ratio": alone / packed}
+
+
+def decode_bench(model, tokenizer, problems=8, seed=0) -> dict:
+    "Everything that `threadweaver-ref bench` measures."
+    rng = random.Random(seed)
+    wide = [sums(rng, 8, 3) for _ in range(problems)]
+    half = [p for f in ("gsm8k", "chain") for p in bench(f, 16)]
+    return {**provenance(seed), "step_cost": step_costs(model), "sums_of_8": wall_clock(model, tokenizer, wide),
+            "against_generate": against_generate(model, tokenizer, half), "packing": packing(tokenizer)}

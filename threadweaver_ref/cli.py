@@ -1,0 +1,167 @@
+"""The command line, `threadweaver-ref`: thin, over the modules that the notebooks build. A plain file."""
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Optional
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Adaptive parallel reasoning: fork, decode in one batch, join, answer.")
+POLICY = "tiny-sft"
+
+
+def _lines(nodes, indent=""):
+    "A trajectory as text, one line a thread, inner forks indented."
+    from threadweaver_ref.tokens import Text
+    for node in nodes:
+        if isinstance(node, Text): yield f"{indent}{node.text}"
+        else:
+            yield f"{indent}fork: " + " | ".join(f"{i}. {o.strip()}" for i, o in enumerate(node.outlines, 1))
+            for i, thread in enumerate(node.threads, 1):
+                first, *rest = list(_lines(thread.body, indent + "   ")) or [""]
+                yield f"{indent}|{i}> {first.strip()}"
+                yield from (f"{indent}|   {line.strip()}" for line in rest)
+            yield f"{indent}join"
+
+
+def _json(rollout) -> dict:
+    "A rollout as plain data."
+    fields = ("question", "text", "answer", "finish_reason", "token_latency", "total_tokens", "decode_steps", "peak_context", "seconds", "forks")
+    return {**{f: getattr(rollout, f) for f in fields}, "errors": [str(e) for e in rollout.errors],
+            "logprob": float(rollout.logprobs.sum()), "timeline": [asdict(i) for i in rollout.timeline]}
+
+
+def _questions(question, file):
+    "The questions of the argument, the file, or standard input; one a line."
+    if question and question != "-": return [question]
+    text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found: raise ValueError("no question: give one as an argument, with --file, or on standard input")
+    return found
+
+
+@app.command()
+def solve(
+    question: Optional[str] = typer.Argument(None, help='such as "347*6+58*9?"; "-" or nothing: read standard input'),
+    file: Optional[Path] = typer.Option(None, help="a file with one question a line"),
+    mode: str = typer.Option("parallel", help="parallel, sequential or autoregressive"),
+    policy: str = typer.Option(POLICY, help="a shipped policy, a folder, or a hub name"),
+    temperature: float = typer.Option(0.0, help="0 is greedy"),
+    seed: int = typer.Option(0),
+    as_json: bool = typer.Option(False, "--json", help="one JSON object a question"),
+):
+    "Answer questions, and show the reasoning with its threads told apart."
+    from threadweaver_ref.decode import DecodeConfig, generate
+    from threadweaver_ref.model import load_policy
+    questions, config = _questions(question, file), DecodeConfig(mode=mode, temperature=temperature, seed=seed)
+    model, tokenizer = load_policy(policy)
+    for r in generate(model, tokenizer, questions, config):
+        if as_json: typer.echo(json.dumps(_json(r), ensure_ascii=False))
+        else: typer.echo("\n".join([r.question, *_lines(r.trajectory), _summary(r)]) + "\n")
+
+
+def _summary(r):
+    "The last lines of an answer."
+    errors = "".join(f"\nerror: {e}" for e in r.errors)
+    return (f"answer: {r.answer}   token latency {r.token_latency}, tokens {r.total_tokens}, decode steps {r.decode_steps}, "
+            f"{r.seconds:.2f} s, finished: {r.finish_reason}{errors}")
+
+
+@app.command()
+def demo(
+    problems: int = typer.Option(64, help="held-out problems, a third of them from GSM8K", min=8),
+    policy: str = typer.Option(POLICY),
+    out: Path = typer.Option(Path("demo"), help="folder for timeline.png and demo.json"),
+):
+    "The main job: held-out problems solved sequentially and in parallel, compared, one shown whole."
+    import matplotlib
+    matplotlib.use("Agg")
+    from threadweaver_ref.bench import compare, mixed_problems, provenance, table
+    from threadweaver_ref.decode import show_timeline
+    from threadweaver_ref.model import load_policy
+    model, tokenizer = load_policy(policy)
+    rows, rollouts = compare(model, tokenizer, mixed_problems(problems))
+    shown = max((r for _, _, r in rollouts["sums"]), key=lambda r: (r.forks > 0, -abs(len(r.text) - 700)))
+    typer.echo("\none of them, whole:\n\n" + "\n".join([shown.question, *_lines(shown.trajectory), _summary(shown)]))
+    out.mkdir(parents=True, exist_ok=True)
+    show_timeline(shown).figure.savefig(out / "timeline.png", dpi=120)
+    _save(out / "demo.json", {**provenance(0), "policy": policy, "families": rows, "shown": _json(shown)})
+    typer.echo(f"\nsequential -> parallel, same policy ({policy}); speedup and possible: token latency\n\n{table(rows)}\n")
+    typer.echo(f"saved {out}/timeline.png and {out}/demo.json")
+
+
+@app.command()
+def evaluate(
+    policy: str = typer.Option(POLICY),
+    problems: int = typer.Option(500, help="held-out problems of each family"),
+    out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
+):
+    "Accuracy and latency on the held-out sets, sequential and parallel."
+    from threadweaver_ref.bench import compare, provenance, table
+    from threadweaver_ref.model import load_policy
+    from threadweaver_ref.tasks import BENCH_FAMILIES, bench
+    model, tokenizer = load_policy(policy)
+    rows, _ = compare(model, tokenizer, {f: bench(f, problems) for f in BENCH_FAMILIES})
+    typer.echo(table(rows))
+    _save(out, {**provenance(0), "policy": policy, "families": rows})
+
+
+@app.command("bench")
+def bench_command(
+    policy: str = typer.Option(POLICY),
+    problems: int = typer.Option(8, help="sums of 8 three-digit products to time"),
+    out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
+):
+    "Time decode steps by live branches, wall clock, orchestration, and batched decoding against transformers."
+    from threadweaver_ref.bench import decode_bench
+    from threadweaver_ref.model import load_policy
+    result = decode_bench(*load_policy(policy), problems)
+    typer.echo(json.dumps(result, indent=1))
+    _save(out, result)
+
+
+def _save(path, result):
+    if path is None: return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@app.command()
+def train(
+    name: str = typer.Argument(..., help="a recipe: tiny-base or tiny-sft"),
+    out: Optional[Path] = typer.Option(None, help="folder for the policy; default runs/NAME/policy"),
+    runs: Path = typer.Option(Path("runs"), help="checkpoints and logs; a stopped run goes on from there"),
+    steps: Optional[int] = typer.Option(None, help="fewer or more optimiser steps than the recipe"),
+):
+    "Train a shipped policy again."
+    from threadweaver_ref.model import save_policy
+    from threadweaver_ref.sft import train_recipe
+    model, tokenizer, _ = train_recipe(name, runs, **({"steps": steps} if steps else {}))
+    save_policy(model, tokenizer, out or runs / name / "policy")
+    typer.echo(f"saved {out or runs / name / 'policy'}")
+
+
+@app.command()
+def families():
+    "The families of problems, each with an example, its answer, and what forking could gain."
+    import random
+
+    from threadweaver_ref.tasks import FAMILIES, oracle
+    for name, sampler in FAMILIES.items():
+        p = sampler(random.Random(0))
+        o = oracle(p)
+        typer.echo(f"{name}: {sampler.__doc__}\n   {p.question} -> {p.answer}; token latency {o.sequential} sequential, {o.best} at best")
+
+
+def main():
+    "Run the command line; an error is one clear line."
+    import os
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    try: app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"threadweaver-ref: {str(error).splitlines()[0]}", err=True)
+        raise SystemExit(2) from None
