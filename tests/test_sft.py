@@ -1,5 +1,6 @@
 """Fine-tuning: packed against unit by unit, each token once, micro-batches, exact resume, several processes, recipes."""
 import json
+import os
 import random
 import subprocess
 import sys
@@ -262,9 +263,9 @@ def test_two_processes_make_the_same_update(tmp_path):
     "Two gloo processes on the CPU, stopped and resumed once, against one that went through."
     script = tmp_path / "process.py"
     script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent))))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-              "--dynamo_backend=no", "--main_process_port=29617", str(script), str(tmp_path / "run")]
-    for extra in (["stop"], []): subprocess.run(launch + extra, check=True, timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(script), str(tmp_path / "run")]
+    for extra in (["stop"], []): subprocess.run(launch + extra, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    assert len(list((tmp_path / "run").glob("step-*/random_states_*"))) == 2   # there were two
     one = fresh()
     log = train_sft(one, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path / "alone")))
     two = fresh(seed=1)

@@ -120,7 +120,7 @@ class Rollout:
     errors: list             # `FormatError`s and `ThreadError`s
     token_latency: int       # tokens on the critical path (TW section 6); the prompt is not counted
     total_tokens: int        # tokens of the completion
-    decode_steps: int        # from its first token to its last; the first token behind a fork or join falls into the step that ended there
+    decode_steps: int        # from its first token to its last; the first behind a fork or join falls into the step that ended there
     peak_context: int        # tokens that the best-informed token saw
     seconds: float
     timeline: list = field(repr=False)   # of `Interval`
@@ -359,7 +359,7 @@ class Decoder(Decoder):
 # %% ../nbs/08_decode.ipynb #18534a29
 class Decoder(Decoder):
     def _pad(self, group, used):
-        "Rows (r,), ids, positions, slots (r, q) and mask (r, q, used) of what a group of problems has to read; padding goes to the last slot."
+        "Rows (r,), ids, positions, slots (r, q) and mask (r, q, used) of what a group has to read; padding goes to the last slot."
         q = max(len(g[3]) for g in group)
         grid = torch.zeros(3, len(group), q, dtype=torch.long)
         grid[2] = self.cache.slots - 1
@@ -543,15 +543,16 @@ def show_timeline(rollout, ax=None):
     for i in rollout.timeline:
         y = names.index(i.branch)
         ax.barh(y, i.end - i.start + 1, left=i.start - first, height=.7, color="C0" if i.branch == "trunk" else f"C{1 + y % 8}")
-        inside = i.start == first   # left of it stands the branch's name
-        if i.forced > 1: ax.text(i.start - first, y, f" {i.forced} read ", ha="left" if inside else "right", va="center", fontsize=7, color="white" if inside else "black")
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="decoding step", title=f"{rollout.total_tokens} tokens in {rollout.decode_steps} steps")
+        style = dict(ha="left", color="white") if i.start == first else dict(ha="right")   # left of the first stands the name
+        if i.forced > 1: ax.text(i.start - first, y, f" {i.forced} read ", va="center", fontsize=7, **style)
+    title = f"{rollout.total_tokens} tokens in {rollout.decode_steps} steps"
+    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="decoding step", title=title)
     ax.invert_yaxis()
     return ax
 
 # %% ../nbs/08_decode.ipynb #d2dc10c0
 def _written(rollout, step):
-    "For every branch: the texts' ids, one list for each time it wrote, as they stood after a step; and does it write in that step?"
+    "For every branch the ids that it had written after a step, a list for each time; and the branches that write in that step."
     now, parts, live = step + _first(rollout), {n: [] for n in _branches(rollout)}, set()
     for i in rollout.timeline:
         if i.start <= now: parts[i.branch].append(list(i.ids[:now - i.start + 1]))
