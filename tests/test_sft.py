@@ -238,7 +238,7 @@ def test_recipes(tmp_path):
     model, _, log = train_recipe("tiny-base", runs=tmp_path, steps=1, batch=2)
     assert len(log) == 1 and (tmp_path / "tiny-base" / "step-000001").is_dir()
     _, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)
-    assert log[0]["loss"] < 1   # it starts from tiny-base, and not from random weights
+    assert log[0]["loss"] < 3   # it starts from tiny-base: random weights give about ln 119 = 4.8
     assert set(RECIPES) == {"tiny-base", "tiny-sft"}
 
 

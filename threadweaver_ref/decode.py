@@ -491,7 +491,7 @@ class Decoder(Decoder):
 class Decoder(Decoder):
     def _rollout(self, row):
         "The finished rollout of a row."
-        machine, config = row.machine, self.config
+        machine = row.machine
         tree = machine.tree
         logprobs = [x for s in tree.order() if tree.sampled[s] for x in machine.logprobs[s]]
         latency, total = token_counts(machine.trajectory, self.tokenizer)
@@ -524,8 +524,10 @@ def generate(
     "A `Rollout` for every question. What one samples depends on its seed alone, not on its neighbours in the batch."
     seeds = default_seeds(config.seed, questions) if seeds is None else seeds
     if len(seeds) != len(questions): raise ValueError(f"{len(seeds)} seeds for {len(questions)} questions")
-    decoder = Decoder(model, tokenizer, config)
+    if not all(questions): raise ValueError(f"question {list(map(bool, questions)).index(False)} is empty")
+    training, decoder = model.training, Decoder(model.eval(), tokenizer, config)
     rollouts = decoder.run(questions, seeds, progress) if questions else []
+    model.train(training)
     if stats is not None: stats.update(decoder.stats)
     return rollouts
 

@@ -232,7 +232,7 @@ class Recipe:
 
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=2400, batch=32, lr=2e-3, sequential=1.0, autoregressive=0.0, fork=False)),
-    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=1400, batch=20, lr=1.2e-3, warmup=0.03, sequential=0.35, autoregressive=0.1), hard_from=1000),
+    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=700, batch=20, lr=1.5e-3, warmup=0.03, sequential=0.35, autoregressive=0.1), hard_from=700),
 }
 
 # %% ../nbs/07_sft.ipynb #93122cca
