@@ -79,16 +79,16 @@ def demo(
     import matplotlib
     matplotlib.use("Agg")
     from threadweaver_ref.bench import compare, mixed_problems, provenance, table
-    from threadweaver_ref.decode import show_timeline
+    from threadweaver_ref.decode import DecodeConfig, show_timeline
     from threadweaver_ref.model import load_policy
     model, tokenizer = load_policy(policy)
-    rows, rollouts = compare(model, tokenizer, mixed_problems(problems))
+    rows, rollouts = compare(model, tokenizer, mixed_problems(problems), DecodeConfig(batch=1))
     shown = max((r for _, _, r in rollouts["sums"]), key=lambda r: (r.forks > 0, -abs(len(r.text) - 700)))
     typer.echo("\none of them, whole:\n\n" + "\n".join([shown.question, *_lines(shown.trajectory), _summary(shown)]))
     out.mkdir(parents=True, exist_ok=True)
     show_timeline(shown).figure.savefig(out / "timeline.png", dpi=120)
     _save(out / "demo.json", {**provenance(0), "policy": policy, "families": rows, "shown": _json(shown)})
-    typer.echo(f"\nsequential -> parallel, same policy ({policy}); speedup and possible: token latency\n\n{table(rows)}\n")
+    typer.echo(f"\nsequential -> parallel, same policy ({policy}), one problem at a time; speedup and possible: token latency\n\n{table(rows)}\n")
     typer.echo(f"saved {out}/timeline.png and {out}/demo.json")
 
 
