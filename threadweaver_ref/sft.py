@@ -204,10 +204,11 @@ def train_sft(
 def _small(rng, name):
     "Options for a problem that is mostly about finding the right numbers: short operations, many or few of them."
     return {"chain": dict(n=rng.randint(1, 4)), "sums": dict(n=rng.randint(2, 4)), "nested": dict(depth=rng.randint(1, 2)),
-            "product": dict(n=rng.randint(2, 3), digits=rng.randint(1, 3)), "gsm8k": {}}[name]
+            "product": dict(n=rng.randint(2, 3), digits=rng.randint(1, 3)), "gsm8k": dict(redraw=rng.random() < .5)}[name]
 
 def _full(rng, name):
     "Options for a problem of full size."
+    if name == "gsm8k": return dict(redraw=rng.random() < .5)   # GSM8K's own numbers are rounder than those drawn
     if name != "sums": return {}
     n = rng.randint(2, 16)
     return dict(n=n, digits=rng.choice([1, 1, None, None, 3 if n <= 8 else 2 if n <= 10 else 1]))
@@ -232,7 +233,7 @@ class Recipe:
 
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=2400, batch=32, lr=2e-3, sequential=1.0, autoregressive=0.0, fork=False)),
-    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=700, batch=20, lr=1.5e-3, warmup=0.03, sequential=0.35, autoregressive=0.1), hard_from=700),
+    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2000, batch=24, lr=1.5e-3, warmup=0.03, sequential=0.35, autoregressive=0.1), hard_from=1000),
 }
 
 # %% ../nbs/07_sft.ipynb #93122cca
