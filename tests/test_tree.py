@@ -8,7 +8,8 @@ from helpers import ARCHITECTURES, TOKENIZERS, alone, random_forks, random_text,
 from torch.nn.attention.flex_attention import flex_attention
 
 from threadweaver_ref.forkjoin import _at, play, replay, units
-from threadweaver_ref.tokens import Text, encode_prompt
+from threadweaver_ref.merge import JOINS
+from threadweaver_ref.tokens import Text, encode_prompt, encode_text
 from threadweaver_ref.tree import (
     SpanTree,
     block_kinds,
@@ -170,21 +171,74 @@ def batched(model, trees, size=7):
     return out
 
 
-def test_packed_is_unpacked(setting):
+@pytest.mark.parametrize("join", ["concat", "result"])
+def test_packed_is_unpacked(setting, join):
     model, tokenizer, name = setting
-    made = [(random_forks(rng), encode_prompt(tokenizer, random_text(rng))) for rng in rngs(21, name)]
-    trees = [replay(t, prompt, tokenizer) for t, prompt in made]
+    made = [(random_forks(rng, conclusions=join == "result"), encode_prompt(tokenizer, random_text(rng))) for rng in rngs(21, name)]
+    trees = [replay(t, prompt, tokenizer, join) for t, prompt in made]
     for (trajectory, prompt), tree, packed in zip(made, trees, batched(model, trees), strict=True):
-        expected = {(tuple(c), tuple(w)): alone(model, c, w) for c, w in units(trajectory, prompt, tokenizer)}
+        expected = {(tuple(c), tuple(w)): alone(model, c, w) for c, w in units(trajectory, prompt, tokenizer, join)}
         found = {(tuple(tree.path_ids(tree.parents[s][0])), tuple(tree.ids[s])): p for s, p in packed.items()}
         assert found.keys() == expected.keys()
         for unit, p in found.items(): assert torch.allclose(p, expected[unit], atol=1e-4)
 
 
-def played(trajectory, prompt, tokenizer, rng):
+class ByHand:
+    "The join `kv`, token by token: for each token its id, position, what it sees, what predicts it, and whether it was sampled."
+    def __init__(self, tokenizer, prompt, trajectory):
+        self.tokenizer, self.tokens = tokenizer, []
+        self.line(trajectory, self.write(prompt, (frozenset(), 0, None), False), [tokenizer.eos_token_id])
+
+    def write(self, ids, state, sampled):
+        seen, position, last = state
+        for i in ids:
+            seen = seen | {len(self.tokens)}
+            self.tokens.append((i, position, seen, last, sampled))
+            position, last = position + 1, len(self.tokens) - 1
+        return seen, position, last
+
+    def encode(self, text): return encode_text(self.tokenizer, text)
+
+    def line(self, nodes, state, end):
+        for node in nodes:
+            if isinstance(node, Text):
+                state = self.write(self.encode(node.text), state, True)
+                continue
+            lines = "".join(f"<Outline>{i}:{o}</Outline>" for i, o in enumerate(node.outlines, 1))
+            state = self.write(self.encode(f"<Parallel><Outlines>{lines}</Outlines>"), state, True)
+            ends = []
+            for i, thread in enumerate(node.threads, 1):
+                said = "" if thread.conclusion is None else f"<Conclusion>{thread.conclusion}</Conclusion>"
+                ends.append(self.line(thread.body, self.write(self.encode(f"<Thread>{i}:"), state, False), self.encode(said + "</Thread>")))
+            longest = max(ends, key=lambda e: e[1])
+            state = self.write(self.encode("</Parallel>"), (frozenset().union(*(e[0] for e in ends)), *longest[1:]), False)
+        return self.write(end, state, True)
+
+    def logprobs(self, model):
+        n = len(self.tokens)
+        ids, positions, seen, last, sampled = zip(*self.tokens, strict=True)
+        mask = torch.full((1, 1, n, n), torch.finfo(torch.float32).min)
+        for row, columns in enumerate(seen): mask[0, 0, row, list(columns)] = 0
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), attention_mask=mask, use_cache=False).logits[0]
+        return [(i, float(logits[p].log_softmax(-1)[i])) for i, p, s in zip(ids, last, sampled, strict=True) if s]
+
+
+def test_kv_is_its_mask_written_out_by_hand(setting):
+    model, tokenizer, name = setting
+    for rng in rngs(14, "kv" + name):
+        trajectory, prompt = random_forks(rng, conclusions=True), encode_prompt(tokenizer, random_text(rng))
+        packed = replay(trajectory, prompt, tokenizer, "kv").pack()
+        with torch.no_grad(): found = tree_logprobs(model, collate([packed]))
+        expected = ByHand(tokenizer, prompt, trajectory).logprobs(model)
+        assert [i for i, _ in expected] == packed.input_ids[packed.sampled].tolist()
+        assert torch.allclose(found, torch.tensor([p for _, p in expected]), atol=1e-4)
+
+
+def played(trajectory, prompt, tokenizer, rng, join="concat"):
     "Play in random order: the tree, and the sampled spans of every path in the order in which it wrote them."
     owners = []
-    for machine, branch, ids in play(trajectory, prompt, tokenizer, rng=rng):
+    for machine, branch, ids in play(trajectory, prompt, tokenizer, join, rng=rng):
         owners.append((branch.path, len(machine.tree), ids))
     spans = {}
     for path, span, ids in owners:
@@ -202,13 +256,14 @@ def change(trajectory, path):
     return trajectory
 
 
-def test_siblings_are_independent(setting):
+@pytest.mark.parametrize("join", JOINS)
+def test_siblings_are_independent(setting, join):
     model, tokenizer, name = setting
-    made, cases = rngs(7, "siblings" + name), []
+    made, cases = rngs(7 if join == "concat" else 4, "siblings" + name), []
     for rng in made:
         trajectory, prompt = random_forks(rng), encode_prompt(tokenizer, random_text(rng))
         path = rng.choice(list(thread_paths(trajectory)))
-        cases.append((path, *(played(t, prompt, tokenizer, rng) for t in (trajectory, change(trajectory, path)))))
+        cases.append((path, *(played(t, prompt, tokenizer, rng, join) for t in (trajectory, change(trajectory, path)))))
     before = batched(model, [old[0] for _, old, _ in cases])
     after = batched(model, [new[0] for _, _, new in cases])
     for (path, old, new), a, b in zip(cases, before, after, strict=True):
@@ -221,7 +276,8 @@ def test_siblings_are_independent(setting):
             for x, y in zip(probs(old, a, q), probs(new, b, q), strict=True): assert torch.allclose(x, y, atol=1e-5)
         parent = list(zip(probs(old, a, above), probs(new, b, above), strict=True))
         for x, y in parent[:fork]: assert torch.allclose(x, y, atol=1e-5)   # before the fork
-        for x, y in parent[fork:]: assert (x - y).abs().max() > 1e-4       # after its join
+        for x, y in parent[fork:]:                                         # after its join: changed, but for `result`, which saw no conclusion
+            assert torch.allclose(x, y, atol=1e-5) if join == "result" else (x - y).abs().max() > 1e-4
 
 
 # ---- what is scored

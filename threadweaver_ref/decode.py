@@ -86,6 +86,7 @@ class DecodeConfig:
     top_k: int = 0               # 0: all
     limits: Limits = Limits()
     seed: int = 0
+    deadline: int | None = None  # decoding steps; then the unfinished threads of a fork are closed and joined as they stand
     batch: int = 64              # problems decoded at the same time
     hook: Callable | None = None # f(branch, ids so far, logits (V,)) -> logits, before the choice
 
@@ -95,7 +96,8 @@ class DecodeConfig:
         if not 0 <= self.temperature < float("inf"): raise ValueError(f"temperature={self.temperature}: must not be negative, and finite")
         if not 0 < self.top_p <= 1: raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
         if self.top_k < 0: raise ValueError(f"top_k={self.top_k}: must not be negative")
-        if self.batch < 1: raise ValueError(f"batch={self.batch}: must be at least 1")
+        for f in ("batch", "deadline"):
+            if getattr(self, f) is not None and getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
 
 # %% ../nbs/08_decode.ipynb #f9343663
 @dataclass
@@ -125,6 +127,7 @@ class Rollout:
     seconds: float
     timeline: list = field(repr=False)   # of `Interval`
     trajectory: list = field(repr=False)
+    peak_slots: int = 0      # slots of the cache in use at the most
 
     def __repr__(self):
         return (f"Rollout({self.question!r} -> {self.answer!r}, {self.finish_reason}, forks={self.forks}, token_latency={self.token_latency}, "
@@ -213,23 +216,39 @@ class _Row:
     "One problem: its state machine, and where in its row of the cache everything lies."
     def __init__(self, index, question, machine, key):
         self.index, self.question, self.machine, self.key = index, question, machine, key
-        self.used, self.slots, self.live, self.timeline = 0, {}, [], []
+        self.used, self.free, self.slots, self.live, self.timeline = 0, [], {}, [], []
         self.span_of = torch.full((64,), -1)    # slot -> span; -1: nothing that others may see
+        self.place = torch.zeros(64, dtype=torch.long)   # slot -> which token of that span
+        self.forked = {}                        # (path of a branch, number of its fork) -> the step its threads began at
         self.began, self.first = time.perf_counter(), None
 
 # %% ../nbs/08_decode.ipynb #2740d15b
 class _Row(_Row):
     def take(self, n):
-        "The next `n` free slots."
-        self.used += n
+        "`n` slots: those that were freed, then new ones."
+        reused, self.free = self.free[:n], self.free[n:]
+        new = range(self.used, self.used + n - len(reused))
+        self.used += len(new)
         if self.used > len(self.span_of):
-            self.span_of = torch.cat([self.span_of, self.span_of.new_full((max(n, len(self.span_of)),), -1)])
-        return list(range(self.used - n, self.used))
+            more = max(n, len(self.span_of))
+            self.span_of = torch.cat([self.span_of, self.span_of.new_full((more,), -1)])
+            self.place = torch.cat([self.place, self.place.new_zeros(more)])
+        return reused + list(new)
 
     def keep(self, span, slots):
-        "Note that the tokens of `span` lie in these slots too."
-        self.slots.setdefault(span, []).extend(slots)
+        "Note that the next tokens of `span` lie in these slots."
+        have = self.slots.setdefault(span, [])
+        self.place[slots] = torch.arange(len(have), len(have) + len(slots))
+        have.extend(slots)
         self.span_of[slots] = span
+
+    def release(self):
+        "Free the slots of all that no branch can see any more."
+        seen = self.machine.tree.ancestors[[b.span for b in self.machine.branches]].any(0)
+        for s in [s for s in self.slots if not seen[s]]:
+            freed = self.slots.pop(s)
+            self.span_of[freed] = -1
+            self.free += freed
 
     def starting(self):
         "Branches that want tokens and are not being decoded yet."
@@ -263,8 +282,8 @@ class _Row(_Row):
 class _Row(_Row):
     def _own(self, spans, slots):
         "(n, used) within its own span a token sees itself and what lies to the left."
-        span, slot = torch.tensor(spans)[:, None], torch.tensor(slots)[:, None]
-        return (self.span_of[None, :self.used] == span) & (torch.arange(self.used)[None] <= slot)
+        span, place = torch.tensor(spans)[:, None], self.place[torch.tensor(slots)][:, None]
+        return (self.span_of[None, :self.used] == span) & (self.place[None, :self.used] <= place)
 
     def sees(self, spans, seen):
         "(n, used) which slots hold a span that each of `spans` sees."
@@ -293,6 +312,7 @@ class Decoder(Decoder):
     def turn(self) -> list:
         "One decoding step; returns what has finished before it, as (number of the question, `Rollout`)."
         self._admit(self.cache.rows)
+        if self.config.deadline: self._close_stragglers()
         self._start()
         finished = list(self._retire())
         self._advance()
@@ -397,6 +417,7 @@ class Decoder(Decoder):
             lane[:len(seen)].masked_fill_(seen, 0)
             row.live.append(live)
             row.first = self.step if row.first is None else row.first
+            if branch.parent: row.forked.setdefault((branch.parent.path, branch.parent.forks), self.step)
             lives.append((row, live))
         self._write(lives, logits)
 
@@ -438,12 +459,30 @@ class Decoder(Decoder):
         if last is not live:
             row.live[lane] = last
             self.mask[r, lane] = self.mask[r, len(row.live)]
-        span = len(row.machine.tree)
+        span, branches = len(row.machine.tree), len(row.machine.branches)
         row.timeline.append(Interval(live.branch.name, live.start, self.step, live.forced, tuple(live.ids)))
         row.machine.feed(live.branch, live.ids, reason, live.logprobs)
         if live.slots: row.keep(span, live.slots)
+        if len(row.machine.branches) < branches: row.release()   # threads were joined
 
-# %% ../nbs/08_decode.ipynb #5458fe8a
+# %% ../nbs/08_decode.ipynb #7a778d90
+class Decoder(Decoder):
+    def _close_stragglers(self):
+        "Close the threads of every fork that is older than the deadline."
+        for row in self.rows:
+            waiting = [b for b in row.machine.branches if b.threads and self.step - row.forked.get((b.path, b.forks), self.step) >= self.config.deadline]
+            for parent in sorted(waiting, key=lambda b: b.depth):
+                for thread in list(parent.threads or ()): self._close_thread(row, thread)
+
+    def _close_thread(self, row, thread):
+        "Feed what it and its inner threads have written so far, the innermost first; then close it."
+        below = [x for x in row.live if x.branch.path[:thread.depth] == thread.path]
+        for live in sorted(below, key=lambda x: -x.branch.depth): self._feed(row, live, "deadline")
+        branches = len(row.machine.branches)
+        if not thread.closed and not row.machine.done: row.machine.cancel(thread, "deadline")
+        if len(row.machine.branches) < branches: row.release()
+
+# %% ../nbs/08_decode.ipynb #d0f36a74
 class Decoder(Decoder):
     def _retire(self):
         "Take finished problems out of the batch; the last row moves into the gap."
@@ -457,7 +496,7 @@ class Decoder(Decoder):
                 self.mask[r] = self.mask[len(self.rows)]
             yield row.index, self._rollout(row)
 
-# %% ../nbs/08_decode.ipynb #7a778d90
+# %% ../nbs/08_decode.ipynb #90446241
 class Decoder(Decoder):
     def _grid(self, lives, slots, q):
         "Ids, positions and slots, (R, q) each, of the last token of every live branch; padding goes to the last slot."
@@ -467,7 +506,7 @@ class Decoder(Decoder):
         grid[:, r, k] = torch.tensor([[b.ids[-1] for *_, b in lives], [b.position for *_, b in lives], slots])
         return grid.to(self.device)
 
-# %% ../nbs/08_decode.ipynb #d0f36a74
+# %% ../nbs/08_decode.ipynb #bd3a9893
 class Decoder(Decoder):
     def _advance(self):
         "One forward pass: every live branch of every problem reads its last token and writes the next."
@@ -487,7 +526,7 @@ class Decoder(Decoder):
             live.position += 1
         self._write([(row, live) for _, _, row, live in lives], logits[r, k])
 
-# %% ../nbs/08_decode.ipynb #90446241
+# %% ../nbs/08_decode.ipynb #ec76add0
 class Decoder(Decoder):
     def _rollout(self, row):
         "The finished rollout of a row."
@@ -500,9 +539,9 @@ class Decoder(Decoder):
         text = machine.text
         return Rollout(row.question, text, extract_answer(text), tree.sorted(), torch.tensor(logprobs), machine.finish_reason, machine.errors,
                        latency + end, total + end, self.step - row.first + 1, int((tree.ancestors * sizes).sum(1).max()),
-                       time.perf_counter() - row.began, row.timeline, machine.trajectory)
+                       time.perf_counter() - row.began, row.timeline, machine.trajectory, row.used)
 
-# %% ../nbs/08_decode.ipynb #bd3a9893
+# %% ../nbs/08_decode.ipynb #4348695d
 def default_seeds(seed, questions) -> list:
     "A seed for each question: made from `seed`, the question, and how often it came before."
     seen, seeds = Counter(), []
@@ -511,7 +550,7 @@ def default_seeds(seed, questions) -> list:
         seen[q] += 1
     return seeds
 
-# %% ../nbs/08_decode.ipynb #ec76add0
+# %% ../nbs/08_decode.ipynb #97899f97
 def generate(
     model,                  # any Hugging Face causal language model
     tokenizer,              # with the control tokens
@@ -531,7 +570,7 @@ def generate(
     if stats is not None: stats.update(decoder.stats)
     return rollouts
 
-# %% ../nbs/08_decode.ipynb #a7563921
+# %% ../nbs/08_decode.ipynb #f4f976b4
 def _branches(rollout):
     "Names in the order of the text: the trunk, then the threads by their numbers."
     return sorted({i.branch for i in rollout.timeline}, key=lambda n: [0] if n == "trunk" else [int(x) for x in n.split(".")])
@@ -552,7 +591,7 @@ def show_timeline(rollout, ax=None):
     ax.invert_yaxis()
     return ax
 
-# %% ../nbs/08_decode.ipynb #d2dc10c0
+# %% ../nbs/08_decode.ipynb #d50f36a1
 def _written(rollout, step):
     "For every branch the ids that it had written after a step, a list for each time; and the branches that write in that step."
     now, parts, live = step + _first(rollout), {n: [] for n in _branches(rollout)}, set()
@@ -561,7 +600,7 @@ def _written(rollout, step):
         if i.start <= now <= i.end: live.add(i.branch)
     return parts, live
 
-# %% ../nbs/08_decode.ipynb #84f8d418
+# %% ../nbs/08_decode.ipynb #304fd345
 def timeline_html(
     rollout,
     tokenizer,
@@ -573,7 +612,7 @@ def timeline_html(
     said = {n: " <b>&hellip;</b> ".join(html.escape(tokenizer.decode(ids)) for ids in p) for n, p in parts.items()}
     return f"<table>{''.join(row.format('#cfe8cf' if n in live else 'none', n, text) for n, text in said.items())}</table>"
 
-# %% ../nbs/08_decode.ipynb #d50f36a1
+# %% ../nbs/08_decode.ipynb #4c5e6c24
 def timeline_player(rollout, tokenizer):
     "A widget: what each branch had written at each decoding step."
     import ipywidgets as widgets   # only notebooks need it

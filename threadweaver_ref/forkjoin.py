@@ -8,7 +8,7 @@ __all__ = ['MODES', 'NO_LIMITS', 'NO_FORKS', 'Limits', 'ThreadError', 'Branch', 
 # %% ../nbs/05_forkjoin.ipynb #27eeb73b
 from dataclasses import dataclass, fields, replace
 
-from .merge import get_join
+from .merge import conclusion_at, get_join
 from .tokens import Fork, FormatError, Text, Thread, control_ids, encode_text, parse_outlines, render
 from .tree import SpanTree
 
@@ -196,7 +196,7 @@ class ForkJoin(ForkJoin):
         if not all(t.closed for t in threads): return
         parent.nodes[-1] = replace(parent.nodes[-1], threads=[self._thread(t) for t in threads])
         parent.used += sum(t.used for t in threads)
-        parent.span = self.join(self._tree, parent.span, [t.span for t in threads], [self.control["</Parallel>"]])
+        parent.span = self.join(self._tree, parent.span, [t.span for t in threads], self.control)
         parent.threads = None
         self.branches = [b for b in self.branches if b not in threads]
         if not parent.budget: self._break_off(parent, "length")
@@ -224,10 +224,9 @@ class ForkJoin(ForkJoin):
     def _thread(self, branch):
         "A branch as a `Thread` of the trajectory. Its `ids` are what it wrote at its end: conclusion, `</Thread>`."
         tail, c = branch.tail, self.control
-        at = tail.index(c["<Conclusion>"]) if c["<Conclusion>"] in tail else len(tail)
-        said = tail[at + 1:-1]
-        if tail[at + 1:][-1:] != [c["</Conclusion>"]] or set(said) & {*c.values()}: at = len(tail)
-        return Thread(self._nodes(branch, at), self._decode(said) if at < len(tail) else None, (*tail[at:], *branch.end))
+        at = conclusion_at(tail, self.control)
+        said = self._decode(tail[at + 1:-1]) if at < len(tail) else None
+        return Thread(self._nodes(branch, at), said, (*tail[at:], *branch.end))
 
 # %% ../nbs/05_forkjoin.ipynb #9cd12cb8
 class ForkJoin(ForkJoin):

@@ -31,7 +31,7 @@ from .tree import collate, tree_logprobs
 # %% ../nbs/07_sft.ipynb #e3056ac1
 def token_counts(problem, tokenizer, fork=True, join="concat") -> tuple:
     "Tokens of a problem's trace `(unit by unit, packed)`: all contexts and completions, and the size of the packed tree."
-    solution, prompt_ids = trace(problem, fork), encode_prompt(tokenizer, problem.question)
+    solution, prompt_ids = trace(problem, fork, conclude=join == "result"), encode_prompt(tokenizer, problem.question)
     alone = sum(len(context) + len(completion) for context, completion in units(solution, prompt_ids, tokenizer, join))
     return alone, len(replay(solution, prompt_ids, tokenizer, join).pack())
 
@@ -73,7 +73,7 @@ def example_tree(problem, tokenizer, config, rng):
     draw = rng.random()
     mode = "autoregressive" if draw < config.autoregressive else "parallel"
     fork = config.fork if draw < 1 - config.sequential else False
-    return replay(trace(problem, fork, rng), encode_prompt(tokenizer, problem.question), tokenizer, config.join, mode)
+    return replay(trace(problem, fork, rng, config.join == "result"), encode_prompt(tokenizer, problem.question), tokenizer, config.join, mode)
 
 def step_problems(problems, step, config, rng):
     "The problems of one step: a stretch of a shuffled list, or draws from a sampler `f(rng, step)`. Raises `ValueError` for an empty list."
@@ -216,11 +216,11 @@ def _full(rng, name):
 def curriculum(
     rng,
     step,
-    steps=1000,  # by then every problem has its full size, but for one in seven
+    steps=1000,  # by then three problems in four have their full size
 ):
     "A training problem: single operations and small problems at first, then more and more of full size."
     name = rng.choice(BENCH_FAMILIES)
-    size = _small if rng.random() < max(0.15, 1 - step / steps) else _full
+    size = _small if rng.random() < max(0.25, 1 - step / steps) else _full
     return training_problem(rng, [name], **size(rng, name))
 
 # %% ../nbs/07_sft.ipynb #c05780d6
@@ -232,8 +232,8 @@ class Recipe:
     hard_from: int = 0   # the step of the curriculum that it starts at
 
 RECIPES = {
-    "tiny-base": Recipe("tiny", SFTConfig(steps=2400, batch=32, lr=2e-3, sequential=1.0, autoregressive=0.0, fork=False)),
-    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2000, batch=24, lr=1.5e-3, warmup=0.03, sequential=0.35, autoregressive=0.1), hard_from=1000),
+    "tiny-base": Recipe("tiny", SFTConfig(steps=900, batch=24, lr=3e-3, sequential=1.0, autoregressive=0.0, fork=False)),
+    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2200, batch=16, lr=2e-3, warmup=0.03, sequential=0.35, autoregressive=0.1), hard_from=750),
 }
 
 # %% ../nbs/07_sft.ipynb #93122cca

@@ -21,7 +21,7 @@ from pathlib import Path
 import threadweaver_ref
 
 from .gsm8k import LeftOut, gsm8k_steps, read_jsonl, write_gsm8k, write_jsonl  # noqa: F401
-from .tokens import CARRIED, CONTROL_TOKENS, Fork, Text, Thread
+from .tokens import CARRIED, COLUMNS, CONTROL_TOKENS, LEFT, RIGHT, Fork, Text, Thread
 
 # %% ../nbs/02_tasks.ipynb #9943a22e
 NAMES = string.ascii_letters  # of the steps: a, b, ... z, A, ... Z
@@ -105,61 +105,71 @@ def levels(steps) -> list:
 # %% ../nbs/02_tasks.ipynb #b931ecfb
 def _low(n): return str(n)[::-1]   # digits, lowest first
 
-def plain(digits: str) -> str:
-    "The same digits without circles."
-    return digits.translate(str.maketrans(CARRIED, "0123456789"))
+def _marked(digits, marks):
+    "Each digit, lowest first, with the mark of its place in front; from the start again where the marks run out."
+    return "".join(marks[k % len(marks)] + d for k, d in enumerate(digits))
 
+def plain(digits: str) -> str:
+    "What a number of the working says: its digits alone, highest first, without marks and circles."
+    return re.sub("[^0-9]", "", digits.translate(str.maketrans(CARRIED, "0123456789")))[::-1]
+
+def _result(n): return _marked(_low(n), COLUMNS)
+
+# %% ../nbs/02_tasks.ipynb #71fad828
 def _columns(a, b, sign):
-    "Column by column from the lowest digit; a circled digit carries (or borrows) one."
-    a, b, out, carry = _low(a), _low(b), "", 0
+    "The digits of `a + b` or `a - b`, from the lowest; a circled one carries (or borrows) one."
+    a, b, out, carry = _low(a), _low(b), [], 0
     for k in range(max(len(a), len(b))):
         v = int(a[k:k + 1] or 0) + sign * int(b[k:k + 1] or 0) + sign * carry
         carry = int(not 0 <= v <= 9)
-        out += CARRIED[v % 10] if carry else str(v % 10)
-    return out + ("1" if carry and sign > 0 else "")
+        out.append(CARRIED[v % 10] if carry else str(v % 10))
+    return out + ["1"] * (carry and sign > 0)
 
-# %% ../nbs/02_tasks.ipynb #20d5173b
-def _add(a, b): return f"{_low(a)}+{_low(b)}", _columns(a, b, 1)
-def _subtract(a, b): return f"{_low(a)}-{_low(b)}:{_columns(a, b, -1)}", _low(a - b)
+# %% ../nbs/02_tasks.ipynb #f6cfe0b9
+def _add(a, b): return "", _marked(_columns(a, b, 1), COLUMNS)
+def _subtract(a, b): return ":" + _marked(_columns(a, b, -1), COLUMNS), _result(a - b)
 
-# %% ../nbs/02_tasks.ipynb #0420d775
+# %% ../nbs/02_tasks.ipynb #bbc0ff29
 def _row(low_a, y, acc, j):
     "One row of a product: `low_a` times the digit `y`, added to the columns `acc` from `j` on (changed in place)."
-    carry, row = 0, []
-    for i, x in enumerate(low_a, j):
-        p = int(x) * int(y)
-        v = p + acc[i] + carry
-        row.append(f"{x}*{y}={p:02}+{acc[i]}+{carry}={v:02}")
-        acc[i], carry = v % 10, v // 10
+    carry, row, column = 0, f"{RIGHT[j % 10]}{y}:", lambda k: COLUMNS[k % len(COLUMNS)]
+    for i, x in enumerate(low_a):
+        product, there = int(x) * int(y), f"+{column(i + j)}{acc[i + j]}" if j else ""
+        v = product + acc[i + j] + carry
+        row += f"{LEFT[i % 10]}{x}={product:02}{there}+{carry}={v // 10}{column(i + j)}{v % 10}"
+        acc[i + j], carry = v % 10, v // 10
     acc[j + len(low_a)] = carry
-    return ",".join(row)
+    return f"{row}{column(j + len(low_a))}{carry}"
 
 def _multiply(a, b):
     "Row by row: digit times digit, plus what stands there already, plus the carry."
     acc = [0] * (len(str(a)) + len(str(b)))
-    rows = [_row(_low(a), y, acc, j) for j, y in enumerate(_low(b))]
-    return f"{_low(a)}*{_low(b)}:{'|'.join(rows)}", _low(a * b)
+    return ":" + "|".join(_row(_low(a), y, acc, j) for j, y in enumerate(_low(b))), _result(a * b)
 
-# %% ../nbs/02_tasks.ipynb #b618d15e
+# %% ../nbs/02_tasks.ipynb #c9723b32
 def _divide(a, b):
-    "Long division from the highest digit: remainder and digit, quotient, new remainder."
-    rest, lines = 0, []
-    for d in str(a):
+    "Long division from the highest digit: rest and digit, quotient, new rest."
+    rest, entries, top = 0, [], len(str(a)) - 1
+    for k, d in enumerate(str(a)):
         q, r = divmod(10 * rest + int(d), b)
-        lines.append(f"{rest}{d}/{b}={q}r{r}")
+        entries.append(f"{rest}{LEFT[(top - k) % 10]}{d}={COLUMNS[(top - k) % len(COLUMNS)]}{q}r{r}")
         rest = r
-    return f"{_low(a)}/{_low(b)}:{','.join(lines)}", _low(a // b)
+    return ":" + ",".join(entries), _result(a // b)
 
-# %% ../nbs/02_tasks.ipynb #28fdcab6
+# %% ../nbs/02_tasks.ipynb #6952ad64
+def _term(name, v, total):
+    "One term on top of a running total: in every column the term's digit and the new one of the total."
+    return name + "".join(COLUMNS[k % len(COLUMNS)] + (_low(v)[k:k + 1] or "0") + c for k, c in enumerate(_columns(total, v, 1)))
+
 def _total(names, values):
-    "A running sum; each term carries its name, so that it can be looked up."
-    text, total = f"{names[0]}{_low(values[0])}", values[0]
-    for name, v in zip(names[1:], values[1:], strict=True):
-        text += f"+{name}{_low(v)}={_columns(total, v, 1)}"
+    "A running total; each term carries its name, so that it can be looked up."
+    terms, total = [], 0
+    for name, v in zip(names, values, strict=True):
+        terms.append(_term(name, v, total))
         total += v
-    return text + ";"
+    return "+".join(terms) + ";"
 
-# %% ../nbs/02_tasks.ipynb #3120c9d8
+# %% ../nbs/02_tasks.ipynb #e919bfeb
 def work(
     step: Step,
     known: dict,  # values of the earlier steps
@@ -168,12 +178,18 @@ def work(
     args = [_value(o, known) for o in step.operands]
     if step.op == "total": return _total(step.operands, args)
     working, result = {"+": _add, "-": _subtract, "*": _multiply, "/": _divide}[step.op](*args)
-    return f"{step.name}={step.operands[0]}{step.op}{step.operands[1]}:{working}={step.name}{result};"
+    asked, left, right = f"{step.operands[0]}{step.op}{step.operands[1]}", _marked(_low(args[0]), LEFT), _marked(_low(args[1]), RIGHT)
+    return f"{step.name}={asked}:{left}{step.op}{right}{working}={step.name}{result};"
 
-# %% ../nbs/02_tasks.ipynb #ae7dd798
+# %% ../nbs/02_tasks.ipynb #c35f67b3
 def answer_text(answer) -> str: return f"\\boxed{{{answer}}}"
 
-def _fork(steps, known): return Fork([s.outline for s in steps], [Thread([Text(work(s, known))]) for s in steps])
+def _thread(text, conclude):
+    "One step's working as a thread; its named result is the conclusion, if there is to be one."
+    body, equals, result = text.rpartition("=")
+    return Thread([Text(body)], equals + result) if conclude else Thread([Text(text)])
+
+def _fork(steps, known, conclude): return Fork([s.outline for s in steps], [_thread(work(s, known), conclude) for s in steps])
 
 def _chosen(level, fork, rng):
     "Which steps of a level are forked: all (True), none (False), or a random part. Fewer than two is none."
@@ -189,13 +205,14 @@ def _merge_text(nodes):
         elif not (isinstance(n, Text) and not n.text): out.append(n)
     return out
 
-# %% ../nbs/02_tasks.ipynb #f2a9d6bd
+# %% ../nbs/02_tasks.ipynb #a01c54e2
 TRACES = {}  # family -> its own `trace(problem, fork, rng)`, where the working is not that of a calculation graph
 
 def trace(
     problem: Problem,
     fork=True,   # True: every level of two or more steps; False: never, in the order of the question; "random": at random
     rng=None,    # `random.Random`, for "random"
+    conclude=False,  # threads end in a `<Conclusion>`, for the join `result`
 ) -> list:
     "The trajectory that solves `problem`, digit by digit; where it may fork, it goes level by level."
     if fork not in (True, False, "random"): raise ValueError(f"unknown fork mode {fork!r}: choose True, False or 'random'")
@@ -205,12 +222,12 @@ def trace(
     for phase, remark in zip(problem.graph.phases, problem.graph.remarks, strict=True):
         for level in levels(phase) if fork else [[s] for s in phase]:
             chosen = _chosen(level, fork, rng)
-            nodes += [_fork(chosen, known)] if chosen else []
+            nodes += [_fork(chosen, known, conclude)] if chosen else []
             nodes += [Text(work(s, known)) for s in level if s not in chosen]
         nodes.append(Text(remark))
     return _merge_text([*nodes, Text(answer_text(problem.answer))])
 
-# %% ../nbs/02_tasks.ipynb #0ed3ea9e
+# %% ../nbs/02_tasks.ipynb #2492f6ac
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 def extract_answer(text: str):
@@ -222,14 +239,14 @@ def grade(text: str, problem: Problem) -> bool:
     "Is the last boxed answer the right one?"
     return extract_answer(text) == str(problem.answer)
 
-# %% ../nbs/02_tasks.ipynb #cfd44b7e
+# %% ../nbs/02_tasks.ipynb #4062cc50
 _TAGGED = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 def count_tokens(text: str) -> int:
     "Characters, a control token counting as one: the length under the character tokenizer."
     return len(_TAGGED.sub("#", text))
 
-# %% ../nbs/02_tasks.ipynb #374156f8
+# %% ../nbs/02_tasks.ipynb #aa1a7f30
 def _outline_cost(step, i=1): return count_tokens(f"<Outline>{i}:{step.outline}</Outline>")
 
 def _stage_cost(stage, costs):
@@ -239,7 +256,7 @@ def _stage_cost(stage, costs):
     longest_first = sorted((costs[s.name] for s in stage), reverse=True)   # the longest thread gets the shortest number
     return 4 + outlines + max(2 + len(f"{i}:") + c for i, c in enumerate(longest_first, 1))
 
-# %% ../nbs/02_tasks.ipynb #cd98ce6d
+# %% ../nbs/02_tasks.ipynb #6c6c6d96
 def _stages(ready, costs, needed):
     "The stages worth trying: a step alone that others need, and for each longest thread the fullest fork."
     alone = [s for s in ready if s.name in needed] or ready[:1]
@@ -258,7 +275,7 @@ def _phase_oracle(steps, costs):
 
     return best(frozenset())
 
-# %% ../nbs/02_tasks.ipynb #4e600b43
+# %% ../nbs/02_tasks.ipynb #bdcb2f8e
 @dataclass(frozen=True)
 class Oracle:
     "What the graph allows: token latency of the best schedule, beside the sequential one."
@@ -279,7 +296,7 @@ def oracle(problem: Problem) -> Oracle:
     best = sum(_phase_oracle(phase, costs) for phase in problem.graph.phases)
     return Oracle(best + fixed, sum(costs.values()) + fixed)
 
-# %% ../nbs/02_tasks.ipynb #9a481844
+# %% ../nbs/02_tasks.ipynb #57e1efc2
 FAMILIES = {}  # name -> sampler, `Callable[[random.Random, ...], Problem]`
 
 def family(
@@ -296,7 +313,7 @@ def get_family(name: str):
     if name not in FAMILIES: raise ValueError(f"unknown family {name!r}: choose one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
-# %% ../nbs/02_tasks.ipynb #57e1efc2
+# %% ../nbs/02_tasks.ipynb #9bcb4dd5
 def _number(rng, digits): return rng.randint(2 if digits == 1 else 10 ** (digits - 1), 10 ** digits - 1)
 
 @family
@@ -305,9 +322,11 @@ def sums(rng, n=None, digits=None) -> Problem:
     n = n or rng.randint(2, 16)
     top = rng.randint(1, 3 if n <= 8 else 2) if not digits else digits
     size = lambda: digits or rng.randint(1, top)
-    return sum_of_products([(_number(rng, size()), _number(rng, size())) for _ in range(n)])
+    pairs = {}
+    while len(pairs) < n: pairs[_number(rng, size()), _number(rng, size())] = None   # no product twice
+    return sum_of_products(list(pairs))
 
-# %% ../nbs/02_tasks.ipynb #3e97b00b
+# %% ../nbs/02_tasks.ipynb #a0134058
 def _program(steps, family, wording=""):
     "The problem that asks for the last of some named steps, `(name, op, operands)`."
     steps = tuple(Step(n, op, tuple(args), n) for n, op, args in steps)
@@ -315,7 +334,7 @@ def _program(steps, family, wording=""):
     graph = Graph((steps,))
     return Problem(question, graph.values()[steps[-1].name], family, graph, wording)
 
-# %% ../nbs/02_tasks.ipynb #3ddd09e0
+# %% ../nbs/02_tasks.ipynb #7d9f7176
 def _next_step(rng, value, limit):
     "An operation on `value` that stays a whole number from 1 to `limit`."
     ops = [("+", rng.randint(1, min(999, limit - value)))] if value < limit else []
@@ -337,7 +356,7 @@ def chain(rng, n=None, limit=99999) -> Problem:
         value = _apply(op, [value, other])
     return _program(steps, "chain")
 
-# %% ../nbs/02_tasks.ipynb #2faaddbc
+# %% ../nbs/02_tasks.ipynb #9f1c0c2e
 def _rewrite(terms, names):
     "Pair neighbours up: `[x, y, z]` becomes steps for `x*y` and the terms left over."
     pairs = [(next(names), "*", tuple(terms[i:i + 2])) for i in range(0, len(terms) - 1, 2)]
@@ -355,7 +374,7 @@ def product(rng, n=None, digits=2) -> Problem:
         remarks.append(">" + "*".join(map(str, terms)) + ";" if len(terms) > 1 else "")
     return Problem("*".join(map(str, factors)) + "?", math.prod(factors), "product", Graph(tuple(phases), tuple(remarks)))
 
-# %% ../nbs/02_tasks.ipynb #51da3cd3
+# %% ../nbs/02_tasks.ipynb #d9cfe028
 def _evaluate(tree): return tree if isinstance(tree, int) else _apply(tree[0], [_evaluate(t) for t in tree[1:]])
 
 def _write(tree):
@@ -372,7 +391,7 @@ def _expression(rng, depth):
     ops = ["+"] + ["-"] * (a > b) + ["*"] * (a * b <= 9999)
     return (rng.choice(ops), left, right) if a + b <= 9999 else _expression(rng, depth)
 
-# %% ../nbs/02_tasks.ipynb #d9cfe028
+# %% ../nbs/02_tasks.ipynb #399d6cd3
 def _reduce(tree, names, steps):
     "Name every innermost bracket of `tree`; the named ones are appended to `steps`."
     if not isinstance(tree, tuple): return tree
@@ -394,7 +413,7 @@ def nested(rng, depth=None) -> Problem:
         remarks.append(f">{_write(tree)};" if isinstance(tree, tuple) else "")
     return Problem(_write(start) + "?", _evaluate(start), "nested", Graph(tuple(phases), tuple(remarks)))
 
-# %% ../nbs/02_tasks.ipynb #33dc4ade
+# %% ../nbs/02_tasks.ipynb #48388b0a
 def data_dir() -> Path:
     "The folder `data/` beside the package, or `$THREADWEAVER_DATA`. Raises `FileNotFoundError` if there is none."
     path = Path(os.environ.get("THREADWEAVER_DATA", Path(threadweaver_ref.__file__).resolve().parent.parent / "data"))
@@ -408,10 +427,16 @@ def gsm8k_graphs(split: str) -> list:
     rows = read_jsonl(data_dir() / "gsm8k_graphs" / f"{split}.jsonl")
     return [_program([(n, op, tuple(args)) for n, op, args in row["steps"]], "gsm8k", row["wording"]) for row in rows]
 
-# %% ../nbs/02_tasks.ipynb #f5d5d19b
+# %% ../nbs/02_tasks.ipynb #c8890607
+def _like(rng, n):
+    "A number of as many digits; a long one, and every other short one, with as many zeros at the end."
+    digits, round_ = len(str(n)), len(str(n)) > 3 or rng.random() < .5
+    zeros = digits - len(str(n).rstrip("0")) if round_ and n else 0
+    return _number(rng, digits - zeros) * 10 ** zeros
+
 def _redraw_step(rng, step, known):
     "The step with other numbers of the same sizes; they may not come out whole and positive."
-    args = [o if isinstance(o, str) else max(1, _number(rng, min(len(str(o)), 3)) if rng.random() < .8 else o) for o in step.operands]
+    args = [o if isinstance(o, str) else max(1, _like(rng, o) if rng.random() < .8 else o) for o in step.operands]
     if step.op == "/" and isinstance(args[1], int):
         if isinstance(args[0], int): args[0] *= step.operands[1]
         fits = [d for d in range(2, 11) if _value(args[0], known) % d == 0]
@@ -429,7 +454,7 @@ def _redraw(rng, problem):
         if known[s.name] > 999_999: return None
     return _program(steps, "gsm8k", "")
 
-# %% ../nbs/02_tasks.ipynb #592c4245
+# %% ../nbs/02_tasks.ipynb #885a49d5
 @family
 def gsm8k(rng, split="train", redraw=True) -> Problem:
     "The calculations of a GSM8K problem; `redraw` keeps its graph and draws other numbers."
@@ -438,7 +463,7 @@ def gsm8k(rng, split="train", redraw=True) -> Problem:
     drawn = (_redraw(rng, problem) for _ in range(20))
     return next((p for p in drawn if p), problem)
 
-# %% ../nbs/02_tasks.ipynb #e00e51cb
+# %% ../nbs/02_tasks.ipynb #0057e01d
 BENCH_FAMILIES = ("gsm8k", "sums", "chain", "product", "nested")
 
 def to_json(p: Problem) -> dict:
@@ -452,7 +477,7 @@ def from_json(row: dict) -> Problem:
     phases = tuple(tuple(Step(n, op, tuple(args), o) for n, op, args, o in phase) for phase in row["phases"])
     return Problem(row["question"], row["answer"], row["family"], Graph(phases, tuple(row["remarks"])), row["wording"])
 
-# %% ../nbs/02_tasks.ipynb #0057e01d
+# %% ../nbs/02_tasks.ipynb #523ce50d
 def bench(name: str, n=None) -> list:
     "The first `n` of the 500 held-out problems of a family. Raises `ValueError` if there is no such set."
     path = data_dir() / "bench" / f"{name}.jsonl"
@@ -465,14 +490,14 @@ def held_out() -> frozenset:
     "Every question that must never be trained on."
     return frozenset(row["question"] for path in sorted((data_dir() / "bench").glob("*.jsonl")) for row in read_jsonl(path))
 
-# %% ../nbs/02_tasks.ipynb #986f54fe
+# %% ../nbs/02_tasks.ipynb #e7e22328
 def training_problem(rng, families=BENCH_FAMILIES, **options) -> Problem:
     "A random problem of a random one of `families` that is not held out. `options` go to the sampler."
     while True:
         problem = get_family(rng.choice(families))(rng, **options)
         if problem.question not in held_out(): return problem
 
-# %% ../nbs/02_tasks.ipynb #2438b84c
+# %% ../nbs/02_tasks.ipynb #0f4c9d03
 def _bench_candidates(name, rng):
     if name != "gsm8k": return (FAMILIES[name](rng) for _ in range(100_000))
     problems = list(gsm8k_graphs("test"))

@@ -51,10 +51,14 @@ class SpanTree(SpanTree):
         return seen
 
     def path(self, span, after=None) -> list:
-        "The spans from the root (or from below `after`) down to `span`, along first parents."
-        spans = [span]
-        while self.parents[spans[-1]] and self.parents[spans[-1]][0] != after: spans.append(self.parents[spans[-1]][0])
-        return spans[::-1]
+        "The spans from the root (or from below `after`) down to `span`; of several parents each one's line in turn."
+        out, stack, done = [], [span], {after}
+        while stack:
+            s = stack.pop()
+            todo = [p for p in self.parents[s] if p not in done]
+            if todo: stack += [s, *reversed(todo)]
+            elif s not in done: done.add(s); out.append(s)
+        return out
 
     def path_ids(self, span, after=None) -> list:
         "Token ids along `path`."
