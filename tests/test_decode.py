@@ -207,7 +207,7 @@ def test_a_deadline_closes_what_is_late():
     "Thread 2 would write for ever, thread 1 of the inner fork too; the others end by themselves. All is joined, and the trunk goes on."
     model = tiny("Qwen3", char)
     def plan(branch, tokenizer):
-        if not branch.path: return ([None] if branch.forks else encode_text(tokenizer, block("1:p", "2:q", "3:r"))) + [tokenizer.eos_token_id] * branch.forks
+        if not branch.path: return [None, tokenizer.eos_token_id] if branch.forks else encode_text(tokenizer, block("1:p", "2:q", "3:r"))
         if branch.name == "3" and not branch.forks: return encode_text(tokenizer, block("1:s", "2:t"))
         return [] if branch.name in ("2", "3.1") else [None] * 4 + encode_text(tokenizer, "</Thread>")
     for join in JOINS:
@@ -216,7 +216,8 @@ def test_a_deadline_closes_what_is_late():
         assert r.finish_reason == "stop" and sorted(map(str, r.errors)) == [f"deadline in thread {n}" for n in ("2", "3", "3.1")]
         assert 60 <= r.decode_steps < 140 and r.tree == replayed(r, char, config)
         same_logprobs(model, [r])
-        free, = generate(model, char, ["1+1?"], DecodeConfig(join=join, hook=Script(char, plan), limits=Limits(max_tokens=900, max_thread_tokens=200)))
+        roomy = DecodeConfig(join=join, hook=Script(char, plan), limits=Limits(max_tokens=900, max_thread_tokens=200))
+        free, = generate(model, char, ["1+1?"], roomy)
         assert free.decode_steps > r.decode_steps
 
 

@@ -232,9 +232,12 @@ def test_a_mark_is_always_new_or_means_the_newest_digit():
     for _ in range(300):
         a, b = rng.randint(10, 99999), rng.randint(10, 9999)
         columns = {}
-        for read, there, write, digit in re.findall(r"(?:\+([Ⅰ-Ⅻ])(\d))?\+\d=\d([Ⅰ-Ⅻ])(\d)|$", work(Step("x", "*", (a, b), ""), {}).rpartition("=x")[0]):
-            if read: assert read == write and columns.get(read, there) == there
-            if write: columns[write] = digit
+        working = work(Step("x", "*", (a, b), ""), {}).rpartition("=x")[0]
+        for read, there, write, digit, last, carry in re.findall(r"(?:\+([Ⅰ-Ⅻ])(\d))?\+\d=\d([Ⅰ-Ⅻ])(\d)(?:([Ⅰ-Ⅻ])(\d))?", working):
+            if read: assert read == write and columns[read] == there
+            columns[write] = digit
+            if last: columns[last] = carry   # the row's last carry
+        assert [columns[k] for k in sorted(columns)] == list(f"{a * b:0{len(columns)}}"[::-1])
 
 
 def test_the_total_adds_what_the_steps_ended_with():

@@ -23,6 +23,7 @@ def _lines(nodes, indent=""):
                 first, *rest = list(_lines(thread.body, indent + "   ")) or [""]
                 yield f"{indent}|{i}> {first.strip()}"
                 yield from (f"{indent}|   {line.strip()}" for line in rest)
+                if thread.conclusion is not None: yield f"{indent}|   => {thread.conclusion}"
             yield f"{indent}join"
 
 
@@ -47,6 +48,8 @@ def solve(
     question: Optional[str] = typer.Argument(None, help='such as "347*6+58*9?"; "-" or nothing: read standard input'),
     file: Optional[Path] = typer.Option(None, help="a file with one question a line"),
     mode: str = typer.Option("parallel", help="parallel, sequential or autoregressive"),
+    join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
+    deadline: Optional[int] = typer.Option(None, help="decoding steps after which unfinished threads are closed and joined as they stand"),
     policy: str = typer.Option(POLICY, help="a shipped policy, a folder, or a hub name"),
     temperature: float = typer.Option(0.0, help="0 is greedy"),
     seed: int = typer.Option(0),
@@ -55,7 +58,7 @@ def solve(
     "Answer questions, and show the reasoning with its threads told apart."
     from threadweaver_ref.decode import DecodeConfig, generate
     from threadweaver_ref.model import load_policy
-    questions, config = _questions(question, file), DecodeConfig(mode=mode, temperature=temperature, seed=seed)
+    questions, config = _questions(question, file), DecodeConfig(mode=mode, join=join, temperature=temperature, seed=seed, deadline=deadline)
     model, tokenizer = load_policy(policy)
     for r in generate(model, tokenizer, questions, config):
         if as_json: typer.echo(json.dumps(_json(r), ensure_ascii=False))

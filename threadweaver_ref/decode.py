@@ -250,6 +250,10 @@ class _Row(_Row):
             self.span_of[freed] = -1
             self.free += freed
 
+    def late(self, step):
+        "Branches that wait for threads which began at `step` or before."
+        return [b for b in self.machine.branches if b.threads and self.forked.get((b.path, b.forks), step + 1) <= step]
+
     def starting(self):
         "Branches that want tokens and are not being decoded yet."
         known = {id(b.branch) for b in self.live}
@@ -470,8 +474,7 @@ class Decoder(Decoder):
     def _close_stragglers(self):
         "Close the threads of every fork that is older than the deadline."
         for row in self.rows:
-            waiting = [b for b in row.machine.branches if b.threads and self.step - row.forked.get((b.path, b.forks), self.step) >= self.config.deadline]
-            for parent in sorted(waiting, key=lambda b: b.depth):
+            for parent in sorted(row.late(self.step - self.config.deadline), key=lambda b: b.depth):
                 for thread in list(parent.threads or ()): self._close_thread(row, thread)
 
     def _close_thread(self, row, thread):

@@ -223,7 +223,7 @@ class ForkJoin(ForkJoin):
 
     def _thread(self, branch):
         "A branch as a `Thread` of the trajectory. Its `ids` are what it wrote at its end: conclusion, `</Thread>`."
-        tail, c = branch.tail, self.control
+        tail = branch.tail
         at = conclusion_at(tail, self.control)
         said = self._decode(tail[at + 1:-1]) if at < len(tail) else None
         return Thread(self._nodes(branch, at), said, (*tail[at:], *branch.end))
