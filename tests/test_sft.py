@@ -18,6 +18,8 @@ from threadweaver_ref.model import add_lora, tiny_model
 from threadweaver_ref.sft import (
     RECIPES,
     SFTConfig,
+    matrices,
+    orthogonal,
     curriculum,
     example_tree,
     micro_batches,
@@ -152,9 +154,34 @@ def test_the_cut_into_micro_batches_changes_nothing():
 
 def test_it_learns_and_ends_in_eval_mode():
     model = fresh()
-    log = train_sft(model, TOKENIZER, [RUNNING], SFTConfig(steps=30, batch=2, lr=1e-2, sequential=0, autoregressive=0))
+    log = train_sft(model, TOKENIZER, [RUNNING], SFTConfig(steps=40, batch=2, lr=1e-2, sequential=0, autoregressive=0))
     assert log[-1]["loss"] < log[0]["loss"] / 2 and not model.training
-    assert [row["step"] for row in log] == list(range(1, 31)) and all(row["lr"] >= 0 for row in log)
+    assert [row["step"] for row in log] == list(range(1, 41)) and all(row["lr"] >= 0 for row in log)
+
+
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40), (32, 32), (1, 7)])
+def test_orthogonal_against_the_singular_value_decomposition(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[1]))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    inside = left.T @ orthogonal(matrix, rounds=12) @ right.T   # the same singular vectors: diagonal
+    assert (inside - inside.diagonal().diag()).abs().max() < 1e-3
+    assert .6 < inside.diagonal().min() and inside.diagonal().max() < 1.3 and values.max() > 2 * values.min() * (shape[0] > 1)
+
+
+def test_muon_moves_every_direction_and_the_rest_is_adamw():
+    "One step from the same gradients: matrices inside move by 0.2 sqrt(longer side) lr in every direction; embeddings and norms as with AdamW."
+    models = {name: fresh() for name in ("adamw", "muon")}
+    start, lr = {n: p.detach().clone() for n, p in models["muon"].named_parameters()}, 1e-3
+    for name, model in models.items():
+        train_sft(model, TOKENIZER, [RUNNING], SFTConfig(steps=1, batch=1, lr=lr, warmup=0, weight_decay=0, optimizer=name))
+    inner = {id(p) for p in matrices(models["muon"])}
+    assert len(inner) == 7 * models["muon"].config.num_hidden_layers
+    for (name, p), other in zip(models["muon"].named_parameters(), models["adamw"].parameters(), strict=True):
+        if id(p) not in inner: assert torch.equal(p, other), name
+        else:
+            moved = torch.linalg.svdvals(p.detach() - start[name]) / (lr * .2 * max(p.shape) ** .5)
+            assert moved[0] < 1.3 and moved[0] > .5
 
 
 def stop_at(n):
@@ -163,11 +190,11 @@ def stop_at(n):
     return on_step
 
 
-@pytest.mark.parametrize("stopped", [1, 2, 5])
-def test_exact_resume(tmp_path, stopped):
-    through, first, second = fresh(), fresh(), fresh()
-    log = train_sft(through, TOKENIZER, MIXED, SHORT)
-    config = replace(SHORT, folder=str(tmp_path))
+@pytest.mark.parametrize("stopped, optimizer", [(1, "adamw"), (2, "adamw"), (5, "adamw"), (2, "muon"), (5, "muon")])
+def test_exact_resume(tmp_path, stopped, optimizer):
+    through, first, second, short = fresh(), fresh(), fresh(), replace(SHORT, optimizer=optimizer)
+    log = train_sft(through, TOKENIZER, MIXED, short)
+    config = replace(short, folder=str(tmp_path))
     with pytest.raises(KeyboardInterrupt): train_sft(first, TOKENIZER, MIXED, config, stop_at(stopped))
     (tmp_path / "part").mkdir(exist_ok=True)
     (tmp_path / "part" / "half").write_text("of a save that was interrupted")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'token_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'micro_batches',
-           'step_batches', 'share', 'train_sft', 'curriculum', 'Recipe', 'train_recipe']
+           'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'Recipe',
+           'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import json
@@ -48,6 +49,7 @@ class SFTConfig:
     batch: int = 64                  # problems a step
     micro_tokens: int = 2048         # padded tokens in one forward pass; a step is cut into as many as it needs
     lr: float = 1e-3                 # peak of the cosine
+    optimizer: str = "adamw"         # or "muon", for the matrices inside the model
     warmup: float = 0.05             # share of the steps
     weight_decay: float = 0.01
     betas: tuple = (0.9, 0.95)
@@ -64,6 +66,7 @@ class SFTConfig:
     def __post_init__(self):
         for f in ("steps", "batch", "micro_tokens", "save_every"):
             if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
+        if self.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
         if min(self.sequential, self.autoregressive) < 0 or self.sequential + self.autoregressive > 1:
             raise ValueError("sequential and autoregressive must lie between 0 and 1, and so must their sum")
 
@@ -104,7 +107,7 @@ def share(groups, process=0, processes=1) -> list:
     rounds = math.ceil(len(groups) / processes)
     return [(groups[i % len(groups)], float(i < len(groups))) for i in range(process, rounds * processes, processes)]
 
-def _update(model, optimizer, groups, accelerator, clip):
+def _update(model, optimizers, groups, accelerator, clip):
     "One optimiser step. The loss is normalised once, over all sampled tokens of all processes (eq. 4)."
     count = sum(int(p.sampled.sum()) for g in groups for p in g)
     total = torch.zeros((), device=accelerator.device)
@@ -116,10 +119,41 @@ def _update(model, optimizer, groups, accelerator, clip):
     loss, norm = accelerator.reduce(total, "sum").item(), float(accelerator.clip_grad_norm_(model.parameters(), clip))
     if accelerator.scaler is None and not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, norm of the gradient {norm}: nothing was changed; try a lower lr")
-    optimizer.step(); optimizer.zero_grad()
+    for o in optimizers: o.step(); o.zero_grad()
     return loss, norm, count
 
 # %% ../nbs/07_sft.ipynb #f3f3c51a
+def orthogonal(
+    matrix,    # (rows, columns)
+    rounds=5,
+) -> torch.Tensor:
+    "About the nearest matrix with orthonormal rows (or columns): singular values go to between 0.7 and 1.2, vectors stay."
+    x = matrix / (matrix.norm() + 1e-7)
+    x = x.T if len(matrix) > matrix.shape[1] else x
+    for _ in range(rounds):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if len(matrix) > matrix.shape[1] else x
+
+class Muon(torch.optim.Optimizer):
+    "Orthogonalised momentum (Jordan et al., 2024), each step as large as AdamW's would be (arXiv:2502.16982, section 2.2). For matrices only."
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for g in self.param_groups:
+            for p in (p for p in g["params"] if p.grad is not None):
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - g["momentum"])
+                ahead = p.grad.lerp(mean, g["momentum"])   # Nesterov's look ahead
+                p.mul_(1 - g["lr"] * g["weight_decay"]).add_(orthogonal(ahead), alpha=-g["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+def matrices(model) -> list:
+    "The parameters that Muon is for: matrices that are trained, but no embedding and no head."
+    outer = [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and not any(p is w for w in outer)]
+
+# %% ../nbs/07_sft.ipynb #14f16f79
 def _checkpoint(accelerator, folder, step):
     "Save everything at `step`, then forget the older checkpoints."
     part = folder / "part"
@@ -142,7 +176,7 @@ def _resume(accelerator, folder, steps):
     accelerator.load_state(str(found[-1]))
     return step
 
-# %% ../nbs/07_sft.ipynb #3174c6af
+# %% ../nbs/07_sft.ipynb #282e7d73
 def _old_log(folder, step):
     "The rows of the log up to `step`; those after it, which will be made again, are cut off."
     path = folder / "log.jsonl"
@@ -156,20 +190,23 @@ def _old_log(folder, step):
 def _log(folder, row):
     with open(folder / "log.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
 
-# %% ../nbs/07_sft.ipynb #14f16f79
+# %% ../nbs/07_sft.ipynb #0e283c26
 def _prepare(model, config):
     "Accelerator, optimiser and schedule; the model on its device and, for several processes, wrapped."
     AcceleratorState._reset_state()   # a second run in this process may have another precision
     cuda = torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=config.mixed_precision or ("bf16" if cuda else "no"))
     set_seed(config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=cuda)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * config.steps), config.steps)
-    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
-    accelerator.register_for_checkpointing(schedule)
-    return accelerator, wrapped, optimizer, schedule
+    inner = matrices(model) if config.optimizer == "muon" else []
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in inner)]
+    optimizers = [torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=cuda)]
+    if inner: optimizers.append(Muon(inner, config.lr, weight_decay=config.weight_decay))
+    schedules = [get_cosine_schedule_with_warmup(o, int(config.warmup * config.steps), config.steps) for o in optimizers]
+    wrapped, *optimizers = accelerator.prepare(model.train(), *optimizers)
+    accelerator.register_for_checkpointing(*schedules)
+    return accelerator, wrapped, optimizers, schedules
 
-# %% ../nbs/07_sft.ipynb #282e7d73
+# %% ../nbs/07_sft.ipynb #6e24bd78
 def train_sft(
     model,
     tokenizer,
@@ -181,7 +218,7 @@ def train_sft(
 
     Raises `ValueError` for an empty list of problems and `FloatingPointError` when the loss is no number any more."""
     if not callable(problems): step_problems(problems, 0, config, None)   # refuse an empty list before anything is written
-    accelerator, wrapped, optimizer, schedule = _prepare(model, config)
+    accelerator, wrapped, optimizers, schedules = _prepare(model, config)
     main, folder = accelerator.is_main_process, Path(config.folder) if config.folder else None
     if folder: folder.mkdir(parents=True, exist_ok=True)
     start = _resume(accelerator, folder, config.steps)
@@ -190,17 +227,17 @@ def train_sft(
     bar = dict(initial=start, total=config.steps, desc="fine-tuning", mininterval=1, **({} if main else {"disable": True}))
     for step in tqdm(range(start, config.steps), **bar):
         groups = step_batches(problems, step, tokenizer, config)
-        loss, norm, count = _update(wrapped, optimizer, groups, accelerator, config.clip)
-        schedule.step()
+        loss, norm, count = _update(wrapped, optimizers, groups, accelerator, config.clip)
+        for s in schedules: s.step()
         log.append({"step": step + 1, "loss": loss, "grad_norm": norm, "sampled": count, "tokens": sum(len(p) for g in groups for p in g),
-                    "lr": schedule.get_last_lr()[0], "seconds": time.perf_counter() - began})
+                    "lr": schedules[0].get_last_lr()[0], "seconds": time.perf_counter() - began})
         if folder and main: _log(folder, log[-1])
         if on_step: on_step(step + 1, log[-1])
         if folder and ((step + 1) % config.save_every == 0 or step + 1 == config.steps): _checkpoint(accelerator, folder, step + 1)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()   # off with mixed precision
     return log
 
-# %% ../nbs/07_sft.ipynb #b9180dd1
+# %% ../nbs/07_sft.ipynb #1db57fa4
 def _small(rng, name):
     "Options for a problem that is mostly about finding the right numbers: short operations, many or few of them."
     return {"chain": dict(n=rng.randint(1, 4)), "sums": dict(n=rng.randint(2, 4)), "nested": dict(depth=rng.randint(1, 2)),
@@ -223,7 +260,7 @@ def curriculum(
     size = _small if rng.random() < max(0.25, 1 - step / steps) else _full
     return training_problem(rng, [name], **size(rng, name))
 
-# %% ../nbs/07_sft.ipynb #c05780d6
+# %% ../nbs/07_sft.ipynb #b0dd0581
 @dataclass(frozen=True)
 class Recipe:
     "How a shipped policy is made."
@@ -236,7 +273,7 @@ RECIPES = {
     "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2200, batch=16, lr=2e-3, warmup=0.03, sequential=0.35, autoregressive=0.1), hard_from=750),
 }
 
-# %% ../nbs/07_sft.ipynb #93122cca
+# %% ../nbs/07_sft.ipynb #ceec64ec
 def train_recipe(
     name: str,     # in `RECIPES`
     runs="runs",   # checkpoints and logs go to a folder of this name in here
