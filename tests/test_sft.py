@@ -55,10 +55,10 @@ def fresh(seed=0, **options):
 
 @pytest.mark.parametrize("arch", ["Qwen3", "Llama"])
 @pytest.mark.parametrize("problems", [[RUNNING], MIXED], ids=["running example", "every family"])
-@pytest.mark.parametrize("join", ["concat"])
+@pytest.mark.parametrize("join", ["concat", "result"])
 def test_packed_loss_and_gradient(arch, problems, join):
-    model = tiny(arch, TOKENIZER)
-    requests = [u for p in problems for u in units(trace(p), prompt(p), TOKENIZER, join)]
+    model, written = tiny(arch, TOKENIZER), lambda p: trace(p, conclude=join == "result")
+    requests = [u for p in problems for u in units(written(p), prompt(p), TOKENIZER, join)]
     count = sum(len(completion) for _, completion in requests)
     alone = 0
     for context, completion in requests:   # one plain causal run each
@@ -68,7 +68,7 @@ def test_packed_loss_and_gradient(arch, problems, join):
         alone += loss.item()
     slow = flat(p.grad for p in model.parameters())
     model.zero_grad()
-    packed = [replay(trace(p), prompt(p), TOKENIZER, join).pack() for p in problems]
+    packed = [replay(written(p), prompt(p), TOKENIZER, join).pack() for p in problems]
     together = 0
     for group in micro_batches(packed, 2048):
         loss = -tree_logprobs(model, collate(group)).sum() / count
@@ -163,10 +163,10 @@ def test_it_learns_and_ends_in_eval_mode():
 def test_orthogonal_against_the_singular_value_decomposition(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[1]))
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     inside = left.T @ orthogonal(matrix, rounds=12) @ right.T   # the same singular vectors: diagonal
     assert (inside - inside.diagonal().diag()).abs().max() < 1e-3
-    assert .6 < inside.diagonal().min() and inside.diagonal().max() < 1.3 and values.max() > 2 * values.min() * (shape[0] > 1)
+    assert .6 < inside.diagonal().min() and inside.diagonal().max() < 1.3
 
 
 def test_muon_moves_every_direction_and_the_rest_is_adamw():

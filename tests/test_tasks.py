@@ -282,6 +282,16 @@ def test_running_example():
     assert render(trace(RUNNING, False)) == written
 
 
+def test_a_conclusion_is_the_named_result():
+    for p in samples("sums", 20, seed=8):
+        known = p.graph.values()
+        plain_fork, fork = (next(n for n in trace(p, conclude=c) if isinstance(n, Fork)) for c in (False, True))
+        for step, whole, thread in zip(p.graph.steps, plain_fork.threads, fork.threads, strict=False):
+            assert thread.body[0].text + thread.conclusion == whole.body[0].text and whole.conclusion is None
+            assert re.fullmatch(f"={step.name}([^=]+);", thread.conclusion) and int(plain(thread.conclusion)) == known[step.name]
+        assert not check_format(render(trace(p, conclude=True)))
+
+
 def test_random_forks_vary_and_follow_their_generator():
     p = sum_of_products([(12, 3)] * 5)
     texts = [render(trace(p, "random", random.Random(seed))) for seed in range(40)]

@@ -14,8 +14,8 @@ import transformers
 from tqdm.auto import tqdm
 
 from threadweaver_ref.decode import DecodeConfig, FlatCache, generate
-from threadweaver_ref.forkjoin import replay, units
-from threadweaver_ref.tasks import BENCH_FAMILIES, bench, grade, oracle, sums, trace, training_problem
+from threadweaver_ref.sft import token_counts
+from threadweaver_ref.tasks import BENCH_FAMILIES, bench, grade, oracle, sums, training_problem
 from threadweaver_ref.tokens import control_ids, encode_prompt
 
 
@@ -147,13 +147,9 @@ def against_generate(model, tokenizer, problems, longest=1200) -> dict:
 
 
 def packing(tokenizer, n=200, seed=0) -> dict:
-    "Tokens through the model on forked training traces: unit by unit against packed."
-    rng, alone, packed = random.Random(seed), 0, 0
-    for _ in range(n):
-        p = training_problem(rng)
-        ids, steps = encode_prompt(tokenizer, p.question), trace(p, True)
-        alone += sum(len(c) + len(u) for c, u in units(steps, ids, tokenizer))
-        packed += len(replay(steps, ids, tokenizer).pack())
+    "Tokens through the model on training problems of all families, forked where they can be: unit by unit against packed."
+    rng = random.Random(seed)
+    alone, packed = map(sum, zip(*(token_counts(training_problem(rng), tokenizer) for _ in range(n))))
     return {"problems": n, "tokens_unit_by_unit": alone, "tokens_packed": packed, "ratio": alone / packed}
 
 

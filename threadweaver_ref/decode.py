@@ -242,10 +242,10 @@ class _Row(_Row):
         have.extend(slots)
         self.span_of[slots] = span
 
-    def release(self):
+    def release(self, seen):
         "Free the slots of all that no branch can see any more."
-        seen = self.machine.tree.ancestors[[b.span for b in self.machine.branches]].any(0)
-        for s in [s for s in self.slots if not seen[s]]:
+        wanted = seen[[b.span for b in self.machine.branches]].any(0)
+        for s in [s for s in self.slots if not wanted[s]]:
             freed = self.slots.pop(s)
             self.span_of[freed] = -1
             self.free += freed
@@ -270,6 +270,7 @@ class _Row(_Row):
     def prefill(self, branches):
         "Ids, positions, slots and mask (n, used) of all tokens that must be read before `branches` can write."
         tree, seen = self.machine.tree, self.machine.tree.ancestors
+        self.release(seen)
         ids, positions, slots, spans, self.last = [], [], [], [], {}
         for s, have in self.missing(branches, seen):
             new = self.take(len(tree.ids[s]) - have)
@@ -463,11 +464,10 @@ class Decoder(Decoder):
         if last is not live:
             row.live[lane] = last
             self.mask[r, lane] = self.mask[r, len(row.live)]
-        span, branches = len(row.machine.tree), len(row.machine.branches)
+        span = len(row.machine.tree)
         row.timeline.append(Interval(live.branch.name, live.start, self.step, live.forced, tuple(live.ids)))
         row.machine.feed(live.branch, live.ids, reason, live.logprobs)
         if live.slots: row.keep(span, live.slots)
-        if len(row.machine.branches) < branches: row.release()   # threads were joined
 
 # %% ../nbs/08_decode.ipynb #7a778d90
 class Decoder(Decoder):
@@ -481,9 +481,7 @@ class Decoder(Decoder):
         "Feed what it and its inner threads have written so far, the innermost first; then close it."
         below = [x for x in row.live if x.branch.path[:thread.depth] == thread.path]
         for live in sorted(below, key=lambda x: -x.branch.depth): self._feed(row, live, "deadline")
-        branches = len(row.machine.branches)
         if not thread.closed and not row.machine.done: row.machine.cancel(thread, "deadline")
-        if len(row.machine.branches) < branches: row.release()
 
 # %% ../nbs/08_decode.ipynb #d0f36a74
 class Decoder(Decoder):

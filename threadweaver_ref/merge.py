@@ -38,7 +38,7 @@ def conclusion_at(
     return len(ids) if set(ids[at + 1:-1]) & {*control.values()} else at
 
 class Result:
-    "Only each thread's conclusion returns (APR, section 3); its working is seen no more."
+    "Only each thread's conclusion returns (APR, arXiv:2504.15466); its working is seen no more."
     name = "result"
 
     def __call__(self, tree, fork, ends, control) -> int:
@@ -53,7 +53,7 @@ class Result:
 
 # %% ../nbs/04_merge.ipynb #6c07fb66
 class KV:
-    "The branches' keys and values are kept and seen as they are (Multiverse, section 4)."
+    "The branches' keys and values are kept and seen as they are (Multiverse, arXiv:2506.09991)."
     name = "kv"
 
     def __call__(self, tree, fork, ends, control) -> int:

@@ -127,7 +127,7 @@ def orthogonal(
     matrix,    # (rows, columns)
     rounds=5,
 ) -> torch.Tensor:
-    "About the nearest matrix with orthonormal rows (or columns): singular values go to between 0.7 and 1.2, vectors stay."
+    "About the nearest matrix with orthonormal rows (or columns): the singular vectors stay, the values go near 1, the smallest last."
     x = matrix / (matrix.norm() + 1e-7)
     x = x.T if len(matrix) > matrix.shape[1] else x
     for _ in range(rounds):
@@ -136,7 +136,7 @@ def orthogonal(
     return x.T if len(matrix) > matrix.shape[1] else x
 
 class Muon(torch.optim.Optimizer):
-    "Orthogonalised momentum (Jordan et al., 2024), each step as large as AdamW's would be (arXiv:2502.16982, section 2.2). For matrices only."
+    "Orthogonalised momentum (Jordan et al., 2024), each step about as large as AdamW's (arXiv:2502.16982). For matrices only."
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
