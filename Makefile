@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-NOTEBOOKS := $(wildcard nbs/*.ipynb)
+POLICIES := tiny-base tiny-sft tiny-sft-wide tiny-sft-nested tiny-sft-result tiny-sft-kv tiny-window
 
 .PHONY: demo test test-slow lab readme train clean
 
@@ -34,8 +34,7 @@ readme: .venv/ready
 	sed -i.bak -E 's#\]\(([0-9a-z_]+\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' README.md && rm README.md.bak
 
 train: .venv/ready
-	$(ENV) threadweaver-ref train tiny-base --out data/policies/tiny-base
-	$(ENV) threadweaver-ref train tiny-sft --out data/policies/tiny-sft
+	for name in $(POLICIES); do $(ENV) threadweaver-ref train $$name --out data/policies/$$name || exit; done
 
 clean:
 	rm -rf demo _proc .pytest_cache .ruff_cache

@@ -97,7 +97,8 @@ def plain_loop(model, tokenizer, question, config):
     while not machine.done:
         branch, ids = machine.ready[0], []
         context, tree = branch.context_ids, machine.tree
-        while len(ids) < branch.budget and not (ids and ids[-1] in branch.stop_ids):
+        room = min(branch.budget, (config.window or 10 ** 9) - tree.end(branch.span))
+        while len(ids) < room and not (ids and ids[-1] in branch.stop_ids):
             token = config.hook.forced(branch, ids) if config.hook else None
             if token is None:
                 if config.join == "kv": logits = last_logits(model, tree, branch.span, ids)
@@ -106,7 +107,7 @@ def plain_loop(model, tokenizer, question, config):
                 logits[list(branch.banned_ids)] = -torch.inf
                 token = int(logits.argmax())
             ids.append(token)
-        machine.feed(branch, ids, "stop" if ids[-1] in branch.stop_ids else "length")
+        machine.feed(branch, ids, "stop" if ids and ids[-1] in branch.stop_ids else "length")
     return machine
 
 
@@ -199,6 +200,30 @@ def test_slots_that_nobody_sees_are_used_again():
     assert rollouts["concat"].peak_slots < .7 * written["concat"]
     assert not any(len(ids) > 1 and ids[-1:] == encode_text(char, "</Parallel>") for ids in rollouts["kv"].tree.ids)   # nothing is read again
     assert rollouts["result"].peak_context < rollouts["kv"].peak_context / 2
+
+
+# ---- the model's window
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("window", [12, 25, 40])
+def test_no_token_stands_behind_the_window(join, window):
+    model = tiny("Qwen3", char)
+    asked = questions(random.Random(window), 12)
+    config = DecodeConfig(join=join, window=window, hook=Script(char, random_plan), limits=ROOMY)
+    rollouts = check_against_plain_loop(model, char, asked, config)
+    for r in rollouts: assert all(r.tree.end(s) <= window for s in range(len(r.tree)) if r.tree.sampled[s])
+    assert any(r.finish_reason == "length" or any(getattr(e, "rule", "") == "length" for e in r.errors) for r in rollouts)
+
+
+def test_a_question_longer_than_the_window_gets_no_token():
+    r, = generate(tiny("Qwen3", char), char, ["1+1+1+1+1+1+1?"], DecodeConfig(window=8))
+    assert (r.finish_reason, r.text, r.answer, r.total_tokens, len(r.logprobs)) == ("length", "", None, 0, 0)
+
+
+def test_the_window_is_the_models_own():
+    model = tiny("Qwen3", char, max_position_embeddings=30)
+    r, = generate(model, char, ["1+1?"], DecodeConfig(hook=Script(char, lambda branch, tokenizer: [])))
+    assert r.finish_reason == "length" and r.tree.end(len(r.tree) - 1) == 30
 
 
 # ---- stragglers

@@ -27,6 +27,7 @@ from threadweaver_ref.sft import (
     share,
     step_batches,
     step_problems,
+    thin,
     token_counts,
     train_recipe,
     train_sft,
@@ -266,7 +267,42 @@ def test_recipes(tmp_path):
     assert len(log) == 1 and (tmp_path / "tiny-base" / "step-000001").is_dir()
     _, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)
     assert log[0]["loss"] < 3   # it starts from tiny-base: random weights give about ln 119 = 4.8
-    assert set(RECIPES) == {"tiny-base", "tiny-sft"}
+    assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in ("wide", "nested", "result", "kv")), "tiny-window"}
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"tiny-base", "tiny-sft"}))
+def test_steps_of_every_recipe_fit(name):
+    "Problems are drawn at every stage, are no held-out ones, and keep to the window that the recipe promises."
+    recipe = RECIPES[name]
+    for step in (0, 400, 1000):
+        problems = [recipe.problems(random.Random(f"{step} {i}"), step) for i in range(20)]
+        assert not held_out() & {p.question for p in problems}
+        groups = step_batches(lambda rng, _, problems=problems: rng.choice(problems), step, TOKENIZER, replace(recipe.config, batch=8))
+        longest = max(int(p.position_ids.max()) for g in groups for p in g)
+        assert longest < (recipe.config.window or 8192)
+
+
+@pytest.mark.parametrize("join", ["concat", "result", "kv"])
+def test_thin_keeps_contexts(join):
+    "What is left of a tree has the contexts that it had; over many draws everything comes up."
+    problem = sum_of_products([(a, a + 1) for a in range(2, 12)])
+    tree, rng, seen = replay(trace(problem, "nested", conclude=join == "result"), prompt(problem), TOKENIZER, join), random.Random(0), set()
+    contexts = lambda t: {(tuple(t.path_ids(s)), t.start[s], t.sampled[s]) for s in range(len(t))}
+    for _ in range(60):
+        few = thin(tree, 3, rng)
+        assert contexts(few) <= contexts(tree)
+        seen |= contexts(few)
+    assert seen == contexts(tree) and (len(few) < len(tree) or join == "kv")
+    assert thin(tree, 99, rng) == tree
+
+
+def test_what_does_not_fit_is_forked_or_refused():
+    problem = sum_of_products([(a, a + 11) for a in range(12, 24)])
+    config = SFTConfig(sequential=1., autoregressive=0., fork="nested", join="result", window=512)
+    assert len(example_tree(RUNNING, TOKENIZER, config, random.Random(0))) == 2   # short: on one line, as asked
+    assert len(example_tree(problem, TOKENIZER, config, random.Random(0))) > 20
+    with pytest.raises(ValueError, match="positions, the window has 200"):
+        example_tree(problem, TOKENIZER, replace(config, window=200), random.Random(0))
 
 
 # ---- several processes

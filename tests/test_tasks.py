@@ -41,7 +41,7 @@ from threadweaver_ref.tasks import (
     write_bench,
     write_gsm8k,
 )
-from threadweaver_ref.tokens import Fork, Text, char_tokenizer, check_format, render
+from threadweaver_ref.tokens import COLUMNS, Fork, Text, char_tokenizer, check_format, render
 
 PYTHON = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 TOKENIZER = char_tokenizer()
@@ -290,6 +290,46 @@ def test_a_conclusion_is_the_named_result():
             assert thread.body[0].text + thread.conclusion == whole.body[0].text and whole.conclusion is None
             assert re.fullmatch(f"={step.name}([^=]+);", thread.conclusion) and int(plain(thread.conclusion)) == known[step.name]
         assert not check_format(render(trace(p, conclude=True)))
+
+
+def _adds_up(text):
+    "Do the terms of a running total add up? Returns the last running total."
+    total = 0
+    for term in text.split("+"):
+        digits = re.findall(f"[{COLUMNS}](.)(.)", term)
+        total += int(plain("".join(d for d, _ in digits)))
+        assert int(plain("".join(c for _, c in digits))) == total
+    return total
+
+
+@pytest.mark.parametrize("conclude", [False, True])
+def test_groups_fork_add_up_and_return_their_sum(conclude):
+    rng = random.Random(3)
+    for n in (*range(2, 45, 3), 51):
+        p = FAMILIES["sums"](rng, n)
+        nodes, known = trace(p, "nested", conclude=conclude), p.graph.values()
+        assert check_format(render(nodes)) == [] and grade(render(nodes), p)
+        if n < 9 or n == 51:
+            assert nodes == trace(p, True, conclude=conclude)   # nothing to gain, or no names left
+            continue
+        sizes = []
+        for outline, group in zip(nodes[0].outlines, nodes[0].threads, strict=True):
+            name, first, last = re.fullmatch(r"(.):(.=\d+\*\d+)-(.)", outline).groups()
+            fork, text = group.body
+            assert fork.outlines[0] == first and fork.outlines[-1][0] == last
+            members = [o[0] for o in fork.outlines]
+            summed = text.text + (group.conclusion or "")
+            working, result = summed.split("=")
+            assert _adds_up(working) == sum(known[m] for m in members)
+            assert result.startswith(name) and int(plain(result)) == sum(known[m] for m in members)
+            sizes.append(len(members))
+        assert sum(sizes) == n and max(sizes) - min(sizes) <= 1 and abs(len(sizes) - n ** .5) <= .5
+        assert _adds_up(nodes[1].text.split(";")[0]) == p.answer
+
+
+def test_only_wide_sums_are_grouped():
+    for name in set(BENCH_FAMILIES) - {"sums"}:
+        for p in samples(name, 10): assert trace(p, "nested") == trace(p, True)
 
 
 def test_random_forks_vary_and_follow_their_generator():

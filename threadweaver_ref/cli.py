@@ -98,17 +98,19 @@ def demo(
 @app.command()
 def evaluate(
     policy: str = typer.Option(POLICY),
+    join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
     problems: int = typer.Option(500, help="held-out problems of each family"),
     out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
 ):
     "Accuracy and latency on the held-out sets, sequential and parallel."
     from threadweaver_ref.bench import compare, provenance, table
+    from threadweaver_ref.decode import DecodeConfig
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.tasks import BENCH_FAMILIES, bench
     model, tokenizer = load_policy(policy)
-    rows, _ = compare(model, tokenizer, {f: bench(f, problems) for f in BENCH_FAMILIES})
+    rows, _ = compare(model, tokenizer, {f: bench(f, problems) for f in BENCH_FAMILIES}, DecodeConfig(join=join))
     typer.echo(table(rows))
-    _save(out, {**provenance(0), "policy": policy, "families": rows})
+    _save(out, {**provenance(0), "policy": policy, "join": join, "families": rows})
 
 
 @app.command("bench")
@@ -125,6 +127,19 @@ def bench_command(
     _save(out, result)
 
 
+@app.command()
+def merges(
+    part: Optional[list[str]] = typer.Option(None, help="joins, flat_and_nested, beyond_the_window or deadlines; default: all"),
+    problems: int = typer.Option(100, help="problems for each line"),
+    out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
+):
+    "Compare the three joins, flat and nested forks, a small window, and deadlines."
+    from threadweaver_ref.merges import merge_bench
+    result = merge_bench(*([part] if part else []), n=problems)
+    typer.echo(json.dumps(result, indent=1))
+    _save(out, result)
+
+
 def _save(path, result):
     if path is None: return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +148,7 @@ def _save(path, result):
 
 @app.command()
 def train(
-    name: str = typer.Argument(..., help="a recipe: tiny-base or tiny-sft"),
+    name: str = typer.Argument(..., help="a recipe: tiny-base, tiny-sft, ... (a wrong name lists them)"),
     out: Optional[Path] = typer.Option(None, help="folder for the policy; default runs/NAME/policy"),
     runs: Path = typer.Option(Path("runs"), help="checkpoints and logs; a stopped run goes on from there"),
     steps: Optional[int] = typer.Option(None, help="fewer or more optimiser steps than the recipe"),

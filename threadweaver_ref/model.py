@@ -19,6 +19,7 @@ from .tokens import add_control_tokens
 # %% ../nbs/06_model.ipynb #1fd42bfc
 SIZES = {
     "tiny": dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4),
+    "tiny-512": dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=512),
     "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6),
 }
 
@@ -30,9 +31,9 @@ def tiny_model(
     "A Qwen3 with random weights. Raises `ValueError` for an unknown size."
     if size not in SIZES: raise ValueError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
     shape = SIZES[size]
-    config = Qwen3Config(**{**shape, "vocab_size": len(tokenizer), "num_key_value_heads": shape["num_attention_heads"], "head_dim": 32,
+    config = Qwen3Config(**{"vocab_size": len(tokenizer), "num_key_value_heads": shape["num_attention_heads"], "head_dim": 32,
                             "intermediate_size": 3 * shape["hidden_size"], "max_position_embeddings": 8192, "tie_word_embeddings": True,
-                            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, **options})
+                            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, **shape, **options})
     return Qwen3ForCausalLM(config).eval()
 
 # %% ../nbs/06_model.ipynb #823e9ff8

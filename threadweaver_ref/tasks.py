@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'TRACES', 'FAMILIES', 'BENCH_FAMILIES', 'Step', 'Graph', 'Problem', 'sum_of_products', 'levels', 'plain',
-           'work', 'answer_text', 'trace', 'extract_answer', 'grade', 'count_tokens', 'Oracle', 'oracle', 'family',
-           'get_family', 'sums', 'chain', 'product', 'nested', 'data_dir', 'gsm8k_graphs', 'gsm8k', 'to_json',
+           'work', 'answer_text', 'groups', 'trace', 'extract_answer', 'grade', 'count_tokens', 'Oracle', 'oracle',
+           'family', 'get_family', 'sums', 'chain', 'product', 'nested', 'data_dir', 'gsm8k_graphs', 'gsm8k', 'to_json',
            'from_json', 'bench', 'held_out', 'training_problem', 'write_bench']
 
 # %% ../nbs/02_tasks.ipynb #78a75b4d
@@ -205,19 +205,49 @@ def _merge_text(nodes):
         elif not (isinstance(n, Text) and not n.text): out.append(n)
     return out
 
-# %% ../nbs/02_tasks.ipynb #a01c54e2
+# %% ../nbs/02_tasks.ipynb #46d90f54
+def groups(
+    problem: Problem,
+    least=9,   # fewer steps than this stay together
+) -> list:
+    "The products of a sum in about as many groups as a group has steps: `[[Step, ...], ...]`. One group where there is nothing to gain."
+    steps = list(problem.graph.phases[0])
+    count = round(math.sqrt(len(steps)))
+    if problem.family != "sums" or len(steps) < least or len(steps) + count > len(NAMES): return [steps]
+    cuts = [i * len(steps) // count for i in range(count + 1)]
+    return [steps[a:b] for a, b in zip(cuts, cuts[1:])]
+
+def _group(name, steps, known, conclude):
+    "A group as a thread: it forks its steps, then adds them up under its own name."
+    names = [s.name for s in steps]
+    summed = _total(names, [known[n] for n in names])[:-1] + f"={name}{_result(known[name])};"
+    thread = _thread(summed, conclude)
+    return Thread([_fork(steps, known, conclude), *thread.body], thread.conclusion)
+
+def _in_groups(problem, conclude):
+    "The trajectory of a sum whose products are forked in groups."
+    known, parts = problem.graph.values(), groups(problem)
+    names = NAMES[len(problem.graph.phases[0]):][:len(parts)]   # those behind the last product's
+    known.update({n: sum(known[s.name] for s in part) for n, part in zip(names, parts)})
+    outlines = [f"{n}:{part[0].outline}-{part[-1].name}" for n, part in zip(names, parts)]
+    threads = [_group(n, part, known, conclude) for n, part in zip(names, parts)]
+    return [Fork(outlines, threads), Text(_total(names, [known[n] for n in names]) + answer_text(problem.answer))]
+
+# %% ../nbs/02_tasks.ipynb #fded4f51
 TRACES = {}  # family -> its own `trace(problem, fork, rng)`, where the working is not that of a calculation graph
 
 def trace(
     problem: Problem,
-    fork=True,   # True: every level of two or more steps; False: never, in the order of the question; "random": at random
+    fork=True,   # True: every level of two or more steps; False: never, in the order of the question; "random": at random;
+                 # "nested": as True, but a wide sum in groups
     rng=None,    # `random.Random`, for "random"
     conclude=False,  # threads end in a `<Conclusion>`, for the join `result`
 ) -> list:
     "The trajectory that solves `problem`, digit by digit; where it may fork, it goes level by level."
-    if fork not in (True, False, "random"): raise ValueError(f"unknown fork mode {fork!r}: choose True, False or 'random'")
+    if fork not in (True, False, "random", "nested"): raise ValueError(f"unknown fork mode {fork!r}: choose True, False, 'random' or 'nested'")
     rng = rng or random.Random(0)
     if problem.family in TRACES: return TRACES[problem.family](problem, fork, rng)
+    if fork == "nested" and len(groups(problem)) > 1: return _in_groups(problem, conclude)
     known, nodes = problem.graph.values(), []
     for phase, remark in zip(problem.graph.phases, problem.graph.remarks, strict=True):
         for level in levels(phase) if fork else [[s] for s in phase]:
@@ -227,7 +257,7 @@ def trace(
         nodes.append(Text(remark))
     return _merge_text([*nodes, Text(answer_text(problem.answer))])
 
-# %% ../nbs/02_tasks.ipynb #2492f6ac
+# %% ../nbs/02_tasks.ipynb #374156f8
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 def extract_answer(text: str):
@@ -239,14 +269,14 @@ def grade(text: str, problem: Problem) -> bool:
     "Is the last boxed answer the right one?"
     return extract_answer(text) == str(problem.answer)
 
-# %% ../nbs/02_tasks.ipynb #4062cc50
+# %% ../nbs/02_tasks.ipynb #7a096e31
 _TAGGED = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 def count_tokens(text: str) -> int:
     "Characters, a control token counting as one: the length under the character tokenizer."
     return len(_TAGGED.sub("#", text))
 
-# %% ../nbs/02_tasks.ipynb #aa1a7f30
+# %% ../nbs/02_tasks.ipynb #c9e9c3e4
 def _outline_cost(step, i=1): return count_tokens(f"<Outline>{i}:{step.outline}</Outline>")
 
 def _stage_cost(stage, costs):
@@ -256,7 +286,7 @@ def _stage_cost(stage, costs):
     longest_first = sorted((costs[s.name] for s in stage), reverse=True)   # the longest thread gets the shortest number
     return 4 + outlines + max(2 + len(f"{i}:") + c for i, c in enumerate(longest_first, 1))
 
-# %% ../nbs/02_tasks.ipynb #6c6c6d96
+# %% ../nbs/02_tasks.ipynb #bdcb2f8e
 def _stages(ready, costs, needed):
     "The stages worth trying: a step alone that others need, and for each longest thread the fullest fork."
     alone = [s for s in ready if s.name in needed] or ready[:1]
@@ -275,7 +305,7 @@ def _phase_oracle(steps, costs):
 
     return best(frozenset())
 
-# %% ../nbs/02_tasks.ipynb #bdcb2f8e
+# %% ../nbs/02_tasks.ipynb #bf18c41e
 @dataclass(frozen=True)
 class Oracle:
     "What the graph allows: token latency of the best schedule, beside the sequential one."
@@ -296,7 +326,7 @@ def oracle(problem: Problem) -> Oracle:
     best = sum(_phase_oracle(phase, costs) for phase in problem.graph.phases)
     return Oracle(best + fixed, sum(costs.values()) + fixed)
 
-# %% ../nbs/02_tasks.ipynb #57e1efc2
+# %% ../nbs/02_tasks.ipynb #3ddd09e0
 FAMILIES = {}  # name -> sampler, `Callable[[random.Random, ...], Problem]`
 
 def family(
@@ -313,20 +343,20 @@ def get_family(name: str):
     if name not in FAMILIES: raise ValueError(f"unknown family {name!r}: choose one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
-# %% ../nbs/02_tasks.ipynb #9bcb4dd5
+# %% ../nbs/02_tasks.ipynb #7d9f7176
 def _number(rng, digits): return rng.randint(2 if digits == 1 else 10 ** (digits - 1), 10 ** digits - 1)
 
 @family
 def sums(rng, n=None, digits=None) -> Problem:
-    "The sum of `n` (2 to 16) products of numbers of up to `digits` (or exactly, if given) digits: wide."
+    "The sum of `n` (2 to 16) products of numbers of up to `digits` (or exactly, if given; or a pair of them) digits: wide."
     n = n or rng.randint(2, 16)
     top = rng.randint(1, 3 if n <= 8 else 2) if not digits else digits
-    size = lambda: digits or rng.randint(1, top)
+    size = lambda side: digits[side] if isinstance(digits, tuple) else digits or rng.randint(1, top)
     pairs = {}
-    while len(pairs) < n: pairs[_number(rng, size()), _number(rng, size())] = None   # no product twice
+    while len(pairs) < n: pairs[_number(rng, size(0)), _number(rng, size(1))] = None   # no product twice
     return sum_of_products(list(pairs))
 
-# %% ../nbs/02_tasks.ipynb #a0134058
+# %% ../nbs/02_tasks.ipynb #9f1c0c2e
 def _program(steps, family, wording=""):
     "The problem that asks for the last of some named steps, `(name, op, operands)`."
     steps = tuple(Step(n, op, tuple(args), n) for n, op, args in steps)
@@ -334,7 +364,7 @@ def _program(steps, family, wording=""):
     graph = Graph((steps,))
     return Problem(question, graph.values()[steps[-1].name], family, graph, wording)
 
-# %% ../nbs/02_tasks.ipynb #7d9f7176
+# %% ../nbs/02_tasks.ipynb #51da3cd3
 def _next_step(rng, value, limit):
     "An operation on `value` that stays a whole number from 1 to `limit`."
     ops = [("+", rng.randint(1, min(999, limit - value)))] if value < limit else []
@@ -356,7 +386,7 @@ def chain(rng, n=None, limit=99999) -> Problem:
         value = _apply(op, [value, other])
     return _program(steps, "chain")
 
-# %% ../nbs/02_tasks.ipynb #9f1c0c2e
+# %% ../nbs/02_tasks.ipynb #988cc173
 def _rewrite(terms, names):
     "Pair neighbours up: `[x, y, z]` becomes steps for `x*y` and the terms left over."
     pairs = [(next(names), "*", tuple(terms[i:i + 2])) for i in range(0, len(terms) - 1, 2)]
@@ -374,7 +404,7 @@ def product(rng, n=None, digits=2) -> Problem:
         remarks.append(">" + "*".join(map(str, terms)) + ";" if len(terms) > 1 else "")
     return Problem("*".join(map(str, factors)) + "?", math.prod(factors), "product", Graph(tuple(phases), tuple(remarks)))
 
-# %% ../nbs/02_tasks.ipynb #d9cfe028
+# %% ../nbs/02_tasks.ipynb #baac2f10
 def _evaluate(tree): return tree if isinstance(tree, int) else _apply(tree[0], [_evaluate(t) for t in tree[1:]])
 
 def _write(tree):
@@ -391,7 +421,7 @@ def _expression(rng, depth):
     ops = ["+"] + ["-"] * (a > b) + ["*"] * (a * b <= 9999)
     return (rng.choice(ops), left, right) if a + b <= 9999 else _expression(rng, depth)
 
-# %% ../nbs/02_tasks.ipynb #399d6cd3
+# %% ../nbs/02_tasks.ipynb #f5d5d19b
 def _reduce(tree, names, steps):
     "Name every innermost bracket of `tree`; the named ones are appended to `steps`."
     if not isinstance(tree, tuple): return tree
@@ -413,7 +443,7 @@ def nested(rng, depth=None) -> Problem:
         remarks.append(f">{_write(tree)};" if isinstance(tree, tuple) else "")
     return Problem(_write(start) + "?", _evaluate(start), "nested", Graph(tuple(phases), tuple(remarks)))
 
-# %% ../nbs/02_tasks.ipynb #48388b0a
+# %% ../nbs/02_tasks.ipynb #885a49d5
 def data_dir() -> Path:
     "The folder `data/` beside the package, or `$THREADWEAVER_DATA`. Raises `FileNotFoundError` if there is none."
     path = Path(os.environ.get("THREADWEAVER_DATA", Path(threadweaver_ref.__file__).resolve().parent.parent / "data"))
@@ -427,7 +457,7 @@ def gsm8k_graphs(split: str) -> list:
     rows = read_jsonl(data_dir() / "gsm8k_graphs" / f"{split}.jsonl")
     return [_program([(n, op, tuple(args)) for n, op, args in row["steps"]], "gsm8k", row["wording"]) for row in rows]
 
-# %% ../nbs/02_tasks.ipynb #c8890607
+# %% ../nbs/02_tasks.ipynb #bed31497
 def _like(rng, n):
     "A number of as many digits; a long one, and every other short one, with as many zeros at the end."
     digits, round_ = len(str(n)), len(str(n)) > 3 or rng.random() < .5
@@ -454,7 +484,7 @@ def _redraw(rng, problem):
         if known[s.name] > 999_999: return None
     return _program(steps, "gsm8k", "")
 
-# %% ../nbs/02_tasks.ipynb #885a49d5
+# %% ../nbs/02_tasks.ipynb #596c3be8
 @family
 def gsm8k(rng, split="train", redraw=True) -> Problem:
     "The calculations of a GSM8K problem; `redraw` keeps its graph and draws other numbers."
@@ -463,7 +493,7 @@ def gsm8k(rng, split="train", redraw=True) -> Problem:
     drawn = (_redraw(rng, problem) for _ in range(20))
     return next((p for p in drawn if p), problem)
 
-# %% ../nbs/02_tasks.ipynb #0057e01d
+# %% ../nbs/02_tasks.ipynb #37d2bcfd
 BENCH_FAMILIES = ("gsm8k", "sums", "chain", "product", "nested")
 
 def to_json(p: Problem) -> dict:
@@ -477,7 +507,7 @@ def from_json(row: dict) -> Problem:
     phases = tuple(tuple(Step(n, op, tuple(args), o) for n, op, args, o in phase) for phase in row["phases"])
     return Problem(row["question"], row["answer"], row["family"], Graph(phases, tuple(row["remarks"])), row["wording"])
 
-# %% ../nbs/02_tasks.ipynb #523ce50d
+# %% ../nbs/02_tasks.ipynb #206f9892
 def bench(name: str, n=None) -> list:
     "The first `n` of the 500 held-out problems of a family. Raises `ValueError` if there is no such set."
     path = data_dir() / "bench" / f"{name}.jsonl"
@@ -490,14 +520,14 @@ def held_out() -> frozenset:
     "Every question that must never be trained on."
     return frozenset(row["question"] for path in sorted((data_dir() / "bench").glob("*.jsonl")) for row in read_jsonl(path))
 
-# %% ../nbs/02_tasks.ipynb #e7e22328
+# %% ../nbs/02_tasks.ipynb #2c292d8c
 def training_problem(rng, families=BENCH_FAMILIES, **options) -> Problem:
     "A random problem of a random one of `families` that is not held out. `options` go to the sampler."
     while True:
         problem = get_family(rng.choice(families))(rng, **options)
         if problem.question not in held_out(): return problem
 
-# %% ../nbs/02_tasks.ipynb #0f4c9d03
+# %% ../nbs/02_tasks.ipynb #e8b4d44b
 def _bench_candidates(name, rng):
     if name != "gsm8k": return (FAMILIES[name](rng) for _ in range(100_000))
     problems = list(gsm8k_graphs("test"))

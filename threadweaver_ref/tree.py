@@ -208,35 +208,31 @@ def show_mask(
     return ax
 
 # %% ../nbs/03_tree.ipynb #a6ed4602
-def _grid_html(cells, width):
-    "A grid of `(row, column, label, css)` as HTML."
-    box = "<span title='{2}' style='grid-area:{0}/{1};overflow:hidden;border:1px solid #ddd;{4}{3}'>{2}</span>"
-    upright = "writing-mode:vertical-rl;text-align:center;"
-    spans = "".join(box.format(row + 1, column + 1, html.escape(label), css, upright if len(label) > 1 else "align-content:center;")
-                    for row, column, label, css in cells)
-    columns = f"repeat({width},minmax(0,1fr))"
-    return f"<div style='display:grid;grid-template-columns:{columns};text-align:center;font:10px monospace'>{spans}</div>"
-
 def mask_explorer(
     packed: PackedTree,
     tokenizer,
     token=0,  # index of the token selected at first
 ):
-    "A widget: select a token with the slider, and those that it sees keep their colour."
+    "A widget: click on a token, and those that it sees keep their colour."
     import ipywidgets as widgets   # only notebooks need it
     mask, rows, labels = tree_mask(packed).tolist(), span_lanes(packed), token_labels(packed, tokenizer)
     hues = [plt.matplotlib.colors.to_hex(c) for c in span_colors(packed).tolist()]
     place = [(rows[s], x) for s, x in torch.stack([packed.span_ids, packed.position_ids], 1).tolist()]
-    slider, title, grid = widgets.IntSlider(token, 0, len(packed) - 1, description="token"), widgets.HTML(), widgets.HTML()
+    title, cells = widgets.HTML(), [_token_button(widgets, label, at) for label, at in zip(labels, place, strict=True)]
 
-    def draw(_=None):
-        i = slider.value
+    def select(i):
         title.value = f"<b>{html.escape(labels[i])}</b> at position {place[i][1]} sees {sum(mask[i])} of {len(packed)} tokens"
-        css = [f"background:{hue if seen else 'white'};" for hue, seen in zip(hues, mask[i], strict=True)]
-        css[i] += "outline:2px solid black;"
-        grid.value = _grid_html([(*at, t, c) for at, t, c in zip(place, labels, css, strict=True)], 1 + max(x for _, x in place))
-    slider.observe(draw, "value"); draw()
-    return widgets.VBox([slider, title, grid], layout=widgets.Layout(width="100%"))
+        for j, cell in enumerate(cells):
+            cell.style.button_color = hues[j] if mask[i][j] else "white"
+            cell.layout.border = "2px solid black" if i == j else "1px solid #ddd"
+    for i, cell in enumerate(cells): cell.on_click(lambda _, i=i: select(i))
+    select(token)
+    columns = f"repeat({1 + max(x for _, x in place)}, minmax(0, 1fr))"
+    return widgets.VBox([title, widgets.GridBox(cells, layout=widgets.Layout(grid_template_columns=columns, width="100%"))])
+
+def _token_button(widgets, label, at):
+    layout = widgets.Layout(grid_area=f"{at[0] + 1}/{at[1] + 1}", width="auto", min_width="0", height="22px", padding="0", margin="0")
+    return widgets.Button(description=label if len(label) == 1 else "▪", tooltip=label, layout=layout)
 
 # %% ../nbs/03_tree.ipynb #f1952a95
 def tree_mask_mod(packed: PackedTree):
