@@ -80,9 +80,10 @@ def beyond_the_window(n=100, window=512) -> list:
     rows = []
     for way, (name, config) in ways.items():
         model, tokenizer = load_policy(name)
-        for leaves in tqdm((2, 4, 8, 12, 16, 20, 24, 28), desc=way):
-            problems = wide_sums(leaves, n, (3, 2))
-            work = statistics.fmean(count_tokens(render(trace(p, False))) for p in problems)
+        for leaves in tqdm((2, 4, 8, 12, 16, 18), desc=way):
+            problems = wide_sums(leaves, n, (3, 3))
+            fork, conclude = config.mode == "parallel" and "nested", config.join == "result"
+            work = statistics.fmean(count_tokens(render(trace(p, fork, conclude=conclude))) for p in problems)
             row = measure(model, tokenizer, problems, replace(config, window=window, limits=ROOMY))
             rows.append({"way": way, "policy": name, "leaves": leaves, "work": work, **row})
     return rows

@@ -292,9 +292,9 @@ def wide(rng, step):
     return training_problem(rng, ["sums"], n=n, digits=1 if n > 16 else rng.choice([1, 2, None]))
 
 def narrow(rng, step):
-    "Sums of up to 28 products that fit into 512 positions when they are worked out in groups, with the join `result`."
-    n = rng.randint(2, 28 if step > 300 else 9)
-    left, right = rng.randint(1, 3), rng.randint(1, 3 if n <= 18 else 2)
+    "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
+    n = rng.randint(2, 24 if step > 300 else 9)
+    left, right = rng.choice([1, 2, 3, 3]), rng.choice([1, 2, 3, 3] if n <= 18 else [1, 2])
     return training_problem(rng, ["sums"], n=n, digits=(left, right))
 
 @dataclass(frozen=True)
@@ -309,14 +309,14 @@ _MERGE = SFTConfig(steps=300, batch=10, lr=1e-3, optimizer="muon", fork="nested"
 
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=2000, batch=24, lr=2e-3, optimizer="muon", sequential=1.0, autoregressive=0.0, fork=False)),
-    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2400, batch=16, lr=2e-3, optimizer="muon", warmup=0.03, sequential=0.35, autoregressive=0.1),
+    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=1600, batch=16, lr=2e-3, optimizer="muon", warmup=0.03, sequential=0.35, autoregressive=0.1),
                        hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),
     "tiny-sft-nested": Recipe("tiny-sft", _MERGE, wide),
     "tiny-sft-result": Recipe("tiny-sft", replace(_MERGE, join="result"), wide),
     "tiny-sft-kv": Recipe("tiny-sft", replace(_MERGE, join="kv"), wide),
-    "tiny-window": Recipe("tiny-512", SFTConfig(steps=1500, batch=24, lr=2e-3, optimizer="muon", join="result", fork="nested",
-                                                sequential=.15, autoregressive=0.0, window=512, leaves=6), narrow),
+    "tiny-window": Recipe("tiny-512", SFTConfig(steps=1200, batch=10, lr=2e-3, optimizer="muon", join="result", fork="nested",
+                                                sequential=.15, autoregressive=0.0, window=512, leaves=5), narrow),
 }
 
 # %% ../nbs/07_sft.ipynb #712a3365
