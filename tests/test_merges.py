@@ -40,5 +40,6 @@ def test_its_sums_are_always_the_same_and_none_is_held_out():
 
 
 def test_unknown_part():
-    with pytest.raises(ValueError, match="unknown part 'flat': choose from joins, flat_and_nested, beyond_the_window, deadlines"): merge_bench(["flat"])
+    with pytest.raises(ValueError, match="unknown part 'flat': choose from joins, flat_and_nested, beyond_the_window, deadlines"):
+        merge_bench(["flat"])
     assert set(PARTS) == {"joins", "flat_and_nested", "beyond_the_window", "deadlines"}

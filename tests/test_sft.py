@@ -229,6 +229,13 @@ def test_lora_trains_and_resumes(tmp_path):
     assert same(through, second)
 
 
+def test_ready_trees_are_taken_as_they_are():
+    trees = [replay(trace(p), prompt(p), TOKENIZER) for p in MIXED]
+    assert example_tree(trees[0], TOKENIZER, SFTConfig(), random.Random(0)) is trees[0]
+    one, two, config = fresh(), fresh(), SFTConfig(steps=2, batch=4, sequential=0, autoregressive=0)
+    assert [r["loss"] for r in train_sft(one, TOKENIZER, trees, config)] == [r["loss"] for r in train_sft(two, TOKENIZER, MIXED, config)]
+
+
 def test_no_problems(tmp_path):
     with pytest.raises(ValueError, match="there are no problems to train on"):
         train_sft(fresh(), TOKENIZER, [], replace(SHORT, folder=str(tmp_path / "run")))
@@ -267,7 +274,8 @@ def test_recipes(tmp_path):
     assert len(log) == 1 and (tmp_path / "tiny-base" / "step-000001").is_dir()
     _, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)
     assert log[0]["loss"] < 3   # it starts from tiny-base: random weights give about ln 119 = 4.8
-    assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in ("wide", "nested", "result", "kv")), "tiny-window"}
+    assert RECIPES["tiny-sft-random"].config.fork == "random"
+    assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in ("random", "wide", "nested", "result", "kv")), "tiny-window"}
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"tiny-base", "tiny-sft"}))

@@ -77,7 +77,10 @@ class SFTConfig:
 def _longest(tree): return max(map(tree.end, range(len(tree))))
 
 def example_tree(problem, tokenizer, config, rng):
-    "One problem as a `SpanTree`, in one of the three modes, drawn by `rng`. Raises `ValueError` if even forked it is too long for the window."
+    """One problem as a `SpanTree`, in one of the three modes, drawn by `rng`; what is a tree already (of a rollout) stays as it is.
+
+    Raises `ValueError` if even forked it is too long for the window."""
+    if isinstance(problem, SpanTree): return problem
     draw, prompt = rng.random(), encode_prompt(tokenizer, problem.question)
     mode = "autoregressive" if draw < config.autoregressive else "parallel"
     fork = config.fork if draw < 1 - config.sequential else False
@@ -131,13 +134,16 @@ def share(groups, process=0, processes=1) -> list:
     rounds = math.ceil(len(groups) / processes)
     return [(groups[i % len(groups)], float(i < len(groups))) for i in range(process, rounds * processes, processes)]
 
-def _update(model, optimizers, groups, accelerator, clip):
-    "One optimiser step. The loss is normalised once, over all sampled tokens of all processes (eq. 4)."
-    count = sum(int(p.sampled.sum()) for g in groups for p in g)
+def _likelihood(group, batch, logprobs, count): return -logprobs.sum() / count   # the loss of fine-tuning
+
+def _update(model, optimizers, groups, accelerator, clip, loss_of=_likelihood, count=None):
+    "One optimiser step. The loss is normalised once, over all sampled tokens of all processes (eq. 4), or over `count`."
+    count = count or sum(int(p.sampled.sum()) for g in groups for p in g)
     total = torch.zeros((), device=accelerator.device)
     for group, weight in share(groups, accelerator.process_index, accelerator.num_processes):
-        with accelerator.autocast(): logprobs = tree_logprobs(model, collate(group, accelerator.device))
-        loss = -weight * logprobs.sum() / count
+        batch = collate(group, accelerator.device)
+        with accelerator.autocast(): logprobs = tree_logprobs(model, batch)
+        loss = weight * loss_of(group, batch, logprobs, count)
         accelerator.backward(loss * accelerator.num_processes)   # processes are averaged
         total += loss.detach()
     loss, norm = accelerator.reduce(total, "sum").item(), float(accelerator.clip_grad_norm_(model.parameters(), clip))
@@ -231,10 +237,30 @@ def _prepare(model, config):
     return accelerator, wrapped, optimizers, schedules
 
 # %% ../nbs/07_sft.ipynb #c08aa9b0
+def _train(model, config, one_step, on_step, name):
+    "The loop: steps with a log, checkpoints and exact resume. `one_step(step, model, optimizers, accelerator)` gives a row of the log."
+    accelerator, wrapped, optimizers, schedules = _prepare(model, config)
+    main, folder = accelerator.is_main_process, Path(config.folder) if config.folder else None
+    if folder: folder.mkdir(parents=True, exist_ok=True)
+    start = _resume(accelerator, folder, config.steps)
+    log = _old_log(folder, start) if folder and main else []
+    began = time.perf_counter() - (log[-1]["seconds"] if log else 0)
+    bar = dict(initial=start, total=config.steps, desc=name, mininterval=1, **({} if main else {"disable": True}))
+    for step in tqdm(range(start, config.steps), **bar):
+        row = one_step(step, wrapped, optimizers, accelerator)
+        for s in schedules: s.step()
+        log.append({"step": step + 1, **row, "lr": schedules[0].get_last_lr()[0], "seconds": time.perf_counter() - began})
+        if folder and main: _log(folder, log[-1])
+        if on_step: on_step(step + 1, log[-1])
+        if folder and ((step + 1) % config.save_every == 0 or step + 1 == config.steps): _checkpoint(accelerator, folder, step + 1)
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()   # off with mixed precision
+    return log
+
+# %% ../nbs/07_sft.ipynb #6c72f2c4
 def train_sft(
     model,
     tokenizer,
-    problems,           # a list of `Problem`, or a sampler `f(rng, step)` of them
+    problems,           # a list of `Problem`s or of ready `SpanTree`s, or a sampler `f(rng, step)` of either
     config=SFTConfig(),
     on_step=None,       # called with (step, row of the log)
 ):
@@ -242,26 +268,15 @@ def train_sft(
 
     Raises `ValueError` for an empty list of problems and `FloatingPointError` when the loss is no number any more."""
     if not callable(problems): step_problems(problems, 0, config, None)   # refuse an empty list before anything is written
-    accelerator, wrapped, optimizers, schedules = _prepare(model, config)
-    main, folder = accelerator.is_main_process, Path(config.folder) if config.folder else None
-    if folder: folder.mkdir(parents=True, exist_ok=True)
-    start = _resume(accelerator, folder, config.steps)
-    log = _old_log(folder, start) if folder and main else []
-    began = time.perf_counter() - (log[-1]["seconds"] if log else 0)
-    bar = dict(initial=start, total=config.steps, desc="fine-tuning", mininterval=1, **({} if main else {"disable": True}))
-    for step in tqdm(range(start, config.steps), **bar):
+
+    def one_step(step, wrapped, optimizers, accelerator):
         groups = step_batches(problems, step, tokenizer, config)
         loss, norm, count = _update(wrapped, optimizers, groups, accelerator, config.clip)
-        for s in schedules: s.step()
-        log.append({"step": step + 1, "loss": loss, "grad_norm": norm, "sampled": count, "tokens": sum(len(p) for g in groups for p in g),
-                    "lr": schedules[0].get_last_lr()[0], "seconds": time.perf_counter() - began})
-        if folder and main: _log(folder, log[-1])
-        if on_step: on_step(step + 1, log[-1])
-        if folder and ((step + 1) % config.save_every == 0 or step + 1 == config.steps): _checkpoint(accelerator, folder, step + 1)
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()   # off with mixed precision
-    return log
+        return {"loss": loss, "grad_norm": norm, "sampled": count, "tokens": sum(len(p) for g in groups for p in g)}
 
-# %% ../nbs/07_sft.ipynb #c05780d6
+    return _train(model, config, one_step, on_step, "fine-tuning")
+
+# %% ../nbs/07_sft.ipynb #93122cca
 def _small(rng, name):
     "Options for a problem that is mostly about finding the right numbers: short operations, many or few of them."
     return {"chain": dict(n=rng.randint(1, 4)), "sums": dict(n=rng.randint(2, 4)), "nested": dict(depth=rng.randint(1, 2)),
@@ -284,7 +299,7 @@ def curriculum(
     size = _small if rng.random() < max(0.25, 1 - step / steps) else _full
     return training_problem(rng, [name], **size(rng, name))
 
-# %% ../nbs/07_sft.ipynb #61843eb1
+# %% ../nbs/07_sft.ipynb #712a3365
 def wide(rng, step):
     "Two in three problems of full size, one in three a sum of 2 to 32 products."
     if rng.random() < 2 / 3: return curriculum(rng, 10 ** 6)
@@ -311,6 +326,8 @@ RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=2000, batch=24, lr=2e-3, optimizer="muon", sequential=1.0, autoregressive=0.0, fork=False)),
     "tiny-sft": Recipe("tiny-base", SFTConfig(steps=1600, batch=16, lr=2e-3, optimizer="muon", warmup=0.03, sequential=0.35, autoregressive=0.1),
                        hard_from=1000),
+    "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
+                                                    autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),
     "tiny-sft-nested": Recipe("tiny-sft", _MERGE, wide),
     "tiny-sft-result": Recipe("tiny-sft", replace(_MERGE, join="result"), wide),
@@ -319,7 +336,7 @@ RECIPES = {
                                                 sequential=.15, autoregressive=0.0, window=512, leaves=5), narrow),
 }
 
-# %% ../nbs/07_sft.ipynb #712a3365
+# %% ../nbs/07_sft.ipynb #b13b2707
 def train_recipe(
     name: str,     # in `RECIPES`
     runs="runs",   # checkpoints and logs go to a folder of this name in here
