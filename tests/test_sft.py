@@ -137,9 +137,10 @@ def test_micro_batches():
 
 @pytest.mark.parametrize("n, processes", [(5, 2), (4, 2), (1, 3), (7, 1)])
 def test_processes_share_a_step(n, processes):
-    parts = [share(list(range(n)), i, processes) for i in range(processes)]
+    parts = [share([[i, "more"] for i in range(n)], p, processes) for p in range(processes)]
     assert len({len(part) for part in parts}) == 1   # each makes as many backward passes
-    assert sorted(g for part in parts for g, weight in part if weight) == list(range(n))
+    assert sorted(g[0] for part in parts for g, weight in part if weight) == list(range(n))
+    assert all(len(g) == (2 if weight else 1) for part in parts for g, weight in part)   # what only fills up is small
 
 
 # ---- training

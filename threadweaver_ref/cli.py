@@ -1,5 +1,7 @@
 """The command line, `threadweaver-ref`: thin, over the modules that the notebooks build. A plain file."""
 import json
+import os
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -152,13 +154,25 @@ def train(
     out: Optional[Path] = typer.Option(None, help="folder for the policy; default runs/NAME/policy"),
     runs: Path = typer.Option(Path("runs"), help="checkpoints and logs; a stopped run goes on from there"),
     steps: Optional[int] = typer.Option(None, help="fewer or more optimiser steps than the recipe"),
+    processes: int = typer.Option(1, help="processes that share every step; on a CPU one a core is fastest", min=1),
 ):
     "Train a shipped policy again."
+    if processes > 1 and "RANK" not in os.environ: return _in_processes(processes)
+    from accelerate import PartialState
+
     from threadweaver_ref.model import save_policy
     from threadweaver_ref.sft import train_recipe
     model, tokenizer, _ = train_recipe(name, runs, **({"steps": steps} if steps else {}))
+    if not PartialState().is_main_process: return
     save_policy(model, tokenizer, out or runs / name / "policy")
     typer.echo(f"saved {out or runs / name / 'policy'}")
+
+
+def _in_processes(n):
+    "Run this command once more, in `n` processes. glibc is told to keep memory rather than ask for it anew in every step."
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "threadweaver_ref.cli"]
+    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n)), "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
+    raise typer.Exit(subprocess.run([sys.executable, *launch, *sys.argv[1:]], env={**env, **os.environ}).returncode)
 
 
 @app.command()
@@ -175,7 +189,6 @@ def families():
 
 def main():
     "Run the command line; an error is one clear line."
-    import os
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -183,3 +196,6 @@ def main():
     except (ValueError, OSError) as error:
         typer.echo(f"threadweaver-ref: {str(error).splitlines()[0]}", err=True)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__": main()

@@ -130,9 +130,9 @@ def step_batches(problems, step, tokenizer, config):
 
 # %% ../nbs/07_sft.ipynb #741d7821
 def share(groups, process=0, processes=1) -> list:
-    "The micro-batches of one process, each with its weight: the last round is filled up with repeats of weight 0."
+    "The micro-batches of one process, each with its weight: the last round is filled up with a small batch of weight 0."
     rounds = math.ceil(len(groups) / processes)
-    return [(groups[i % len(groups)], float(i < len(groups))) for i in range(process, rounds * processes, processes)]
+    return [(groups[i], 1.0) if i < len(groups) else (groups[0][:1], 0.0) for i in range(process, rounds * processes, processes)]
 
 def _likelihood(group, batch, logprobs, count): return -logprobs.sum() / count   # the loss of fine-tuning
 
@@ -323,9 +323,10 @@ class Recipe:
 _MERGE = SFTConfig(steps=300, batch=10, lr=1e-3, optimizer="muon", fork="nested", sequential=.2, autoregressive=0.0, leaves=6)
 
 RECIPES = {
-    "tiny-base": Recipe("tiny", SFTConfig(steps=2000, batch=24, lr=2e-3, optimizer="muon", sequential=1.0, autoregressive=0.0, fork=False)),
-    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=1600, batch=16, lr=2e-3, optimizer="muon", warmup=0.03, sequential=0.35, autoregressive=0.1),
-                       hard_from=1000),
+    "tiny-base": Recipe("tiny", SFTConfig(steps=3500, batch=16, micro_tokens=1024, lr=5e-3, optimizer="muon", warmup=0.02, sequential=1.0,
+                                          autoregressive=0.0, fork=False)),
+    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2600, batch=16, micro_tokens=1024, lr=3e-3, optimizer="muon", warmup=0.02, sequential=0.35,
+                                              autoregressive=0.1), hard_from=1000),
     "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),

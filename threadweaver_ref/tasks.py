@@ -148,11 +148,11 @@ def _multiply(a, b):
 
 # %% ../nbs/02_tasks.ipynb #c9723b32
 def _divide(a, b):
-    "Long division from the highest digit: rest and digit, quotient, new rest."
+    "Long division from the highest digit: rest and digit, quotient, what it takes away, new rest."
     rest, entries, top = 0, [], len(str(a)) - 1
     for k, d in enumerate(str(a)):
         q, r = divmod(10 * rest + int(d), b)
-        entries.append(f"{rest}{LEFT[(top - k) % 10]}{d}={COLUMNS[(top - k) % len(COLUMNS)]}{q}r{r}")
+        entries.append(f"{rest}{LEFT[(top - k) % 10]}{d}={COLUMNS[(top - k) % len(COLUMNS)]}{q}-{q * b:02}r{r}")
         rest = r
     return ":" + ",".join(entries), _result(a // b)
 
