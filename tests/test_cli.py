@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and one clear line for every mistake."""
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -85,3 +86,13 @@ def test_table_has_a_line_a_family():
                          "decode_steps_parallel", "seconds_sequential", "seconds_parallel", "speedup_tokens", "speedup_oracle", "speedup_seconds",
                          "fork_rate"], 0.5) | {"problems": 3}
     assert len(table({"a": row, "b": row}).splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_train_in_two_processes(tmp_path):
+    "One log and one policy come out, and both processes had a part in it."
+    command = [sys.executable, "-m", "threadweaver_ref.cli", "train", "tiny-base", "--steps", "2", "--processes", "2"]
+    done = subprocess.run([*command, "--runs", str(tmp_path), "--out", str(tmp_path / "policy")], check=True, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("saved") == 1 and (tmp_path / "policy" / "model.safetensors").is_file()
+    assert [json.loads(line)["step"] for line in (tmp_path / "tiny-base" / "log.jsonl").read_text().splitlines()] == [1, 2]
+    assert len(list((tmp_path / "tiny-base").glob("step-*/random_states_*"))) == 2

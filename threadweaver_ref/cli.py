@@ -170,8 +170,10 @@ def train(
 
 def _in_processes(n):
     "Run this command once more, in `n` processes. glibc is told to keep memory rather than ask for it anew in every step."
+    import torch
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "threadweaver_ref.cli"]
     env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n)), "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
+    if not torch.cuda.is_available(): env["ACCELERATE_USE_CPU"] = "true"
     raise typer.Exit(subprocess.run([sys.executable, *launch, *sys.argv[1:]], env={**env, **os.environ}).returncode)
 
 

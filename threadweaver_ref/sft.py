@@ -14,6 +14,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,7 +133,8 @@ def step_batches(problems, step, tokenizer, config):
 def share(groups, process=0, processes=1) -> list:
     "The micro-batches of one process, each with its weight: the last round is filled up with a small batch of weight 0."
     rounds = math.ceil(len(groups) / processes)
-    return [(groups[i], 1.0) if i < len(groups) else (groups[0][:1], 0.0) for i in range(process, rounds * processes, processes)]
+    turn = [(process, processes - 1 - process)[r % 2] + r * processes for r in range(rounds)]   # to and fro: groups are sorted by length
+    return [(groups[i], 1.0) if i < len(groups) else (groups[0][:1], 0.0) for i in turn]
 
 def _likelihood(group, batch, logprobs, count): return -logprobs.sum() / count   # the loss of fine-tuning
 
@@ -140,11 +142,13 @@ def _update(model, optimizers, groups, accelerator, clip, loss_of=_likelihood, c
     "One optimiser step. The loss is normalised once, over all sampled tokens of all processes (eq. 4), or over `count`."
     count = count or sum(int(p.sampled.sum()) for g in groups for p in g)
     total = torch.zeros((), device=accelerator.device)
-    for group, weight in share(groups, accelerator.process_index, accelerator.num_processes):
-        batch = collate(group, accelerator.device)
-        with accelerator.autocast(): logprobs = tree_logprobs(model, batch)
-        loss = weight * loss_of(group, batch, logprobs, count)
-        accelerator.backward(loss * accelerator.num_processes)   # processes are averaged
+    mine = share(groups, accelerator.process_index, accelerator.num_processes)
+    for left, (group, weight) in zip(reversed(range(len(mine))), mine):
+        with accelerator.no_sync(model) if left else nullcontext():   # gradients are exchanged with the last
+            batch = collate(group, accelerator.device)
+            with accelerator.autocast(): logprobs = tree_logprobs(model, batch)
+            loss = weight * loss_of(group, batch, logprobs, count)
+            accelerator.backward(loss * accelerator.num_processes)   # processes are averaged
         total += loss.detach()
     loss, norm = accelerator.reduce(total, "sum").item(), float(accelerator.clip_grad_norm_(model.parameters(), clip))
     if accelerator.scaler is None and not (math.isfinite(loss) and math.isfinite(norm)):
