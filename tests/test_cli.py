@@ -92,7 +92,8 @@ def test_table_has_a_line_a_family():
 def test_train_in_two_processes(tmp_path):
     "One log and one policy come out, and both processes had a part in it."
     command = [sys.executable, "-m", "threadweaver_ref.cli", "train", "tiny-base", "--steps", "2", "--processes", "2"]
-    done = subprocess.run([*command, "--runs", str(tmp_path), "--out", str(tmp_path / "policy")], check=True, capture_output=True, text=True, timeout=300)
+    command += ["--runs", str(tmp_path), "--out", str(tmp_path / "policy")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     assert done.stdout.count("saved") == 1 and (tmp_path / "policy" / "model.safetensors").is_file()
     assert [json.loads(line)["step"] for line in (tmp_path / "tiny-base" / "log.jsonl").read_text().splitlines()] == [1, 2]
     assert len(list((tmp_path / "tiny-base").glob("step-*/random_states_*"))) == 2
