@@ -324,12 +324,12 @@ class Recipe:
     problems: Callable = curriculum   # a sampler f(rng, step)
     hard_from: int = 0   # the step of the curriculum that it starts at
 
-_MERGE = SFTConfig(steps=300, batch=10, lr=1e-3, optimizer="muon", fork="nested", sequential=.2, autoregressive=0.0, leaves=6)
+_MERGE = SFTConfig(steps=400, batch=10, micro_tokens=1024, lr=2e-3, optimizer="muon", fork="nested", sequential=.2, autoregressive=0.0, leaves=6)
 
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=3500, batch=16, micro_tokens=1024, lr=5e-3, optimizer="muon", warmup=0.02, sequential=1.0,
                                           autoregressive=0.0, fork=False)),
-    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2600, batch=16, micro_tokens=1024, lr=3e-3, optimizer="muon", warmup=0.02, sequential=0.35,
+    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2400, batch=16, micro_tokens=1024, lr=3e-3, optimizer="muon", warmup=0.02, sequential=0.35,
                                               autoregressive=0.1), hard_from=1000),
     "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
@@ -337,7 +337,7 @@ RECIPES = {
     "tiny-sft-nested": Recipe("tiny-sft", _MERGE, wide),
     "tiny-sft-result": Recipe("tiny-sft", replace(_MERGE, join="result"), wide),
     "tiny-sft-kv": Recipe("tiny-sft", replace(_MERGE, join="kv"), wide),
-    "tiny-window": Recipe("tiny-512", SFTConfig(steps=1200, batch=10, lr=2e-3, optimizer="muon", join="result", fork="nested",
+    "tiny-window": Recipe("tiny-512", SFTConfig(steps=2500, batch=10, micro_tokens=1024, lr=5e-3, optimizer="muon", join="result", fork="nested",
                                                 sequential=.15, autoregressive=0.0, window=512, leaves=5), narrow),
 }
 
