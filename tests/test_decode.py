@@ -270,12 +270,14 @@ def test_long_prompts_and_growing_caches(arch):
 SAMPLING = [dict(), dict(top_p=.8), dict(top_k=5), dict(temperature=.7, top_p=.95, top_k=20)]
 
 
-@pytest.mark.parametrize("options", SAMPLING, ids=str)
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_neighbours_change_nothing(name, options):
+NEIGHBOURS = [(name, "concat", options) for name in TOKENIZERS for options in SAMPLING] + [("char", j, dict()) for j in ("result", "kv")]
+
+
+@pytest.mark.parametrize("name, join, options", NEIGHBOURS, ids=str)
+def test_neighbours_change_nothing(name, join, options):
     tokenizer = TOKENIZERS[name]()
     model, asked = tiny("Qwen3", tokenizer), questions(random.Random("neighbours"), 8)
-    config = lambda **more: DecodeConfig(**{"temperature": 1., "hook": Script(tokenizer, random_plan), "batch": 3,
+    config = lambda **more: DecodeConfig(**{"temperature": 1., "hook": Script(tokenizer, random_plan), "batch": 3, "join": join,
                                             "limits": Limits(max_tokens=400, max_thread_tokens=40), **options, **more})
     together = generate(model, tokenizer, asked, config())
     assert any(r.forks for r in together)
@@ -378,6 +380,31 @@ def test_counts_against_the_text():
         assert r.decode_steps <= r.token_latency and r.seconds > 0
         mask = r.tree.ancestors.long() @ torch.tensor([len(i) for i in r.tree.ids])
         assert r.peak_context == mask.max()
+
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("options", [dict(), dict(deadline=9), dict(window=60)], ids=str)
+def test_nonsense_with_every_join(join, options):
+    "Every rollout ends within its limits, as it would alone, and its logprobs are those of its tree."
+    model = tiny("Qwen3", char, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, head_dim=8, intermediate_size=16)
+    limits = TIGHT["deep"]
+    config = DecodeConfig(temperature=1., limits=limits, batch=32, hook=Push(), join=join, **options)
+    rollouts = generate(model, char, [str(i) for i in range(100)], config)
+    for r in rollouts:
+        n = sampled(r.tree)
+        assert n <= limits.max_tokens and len(r.logprobs) == n and within(r.trajectory, limits)
+        assert max(map(r.tree.end, range(len(r.tree)))) <= options.get("window", 10 ** 6) + 1   # the closing tag of a thread that was closed
+    assert any(r.forks for r in rollouts) and {"stop", "length"} >= {r.finish_reason for r in rollouts}
+    same_logprobs(model, rollouts)
+    for i in (0, 7, 40): assert same(rollouts[i], generate(model, char, [str(i)], config)[0])
+
+
+def test_questions_come_in_a_list_and_training_mode_comes_back():
+    model = tiny("Qwen3", char).train()
+    with pytest.raises(ValueError, match="a list of strings"): generate(model, char, "12?")
+    def burst(branch, ids, logits): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): generate(model, char, ["12?"], DecodeConfig(hook=burst))
+    assert model.training
 
 
 def test_steps_do_not_depend_on_the_batch():

@@ -59,7 +59,7 @@ def test_sizes_by_formula(size):
 
 
 def test_unknown_size():
-    with pytest.raises(ValueError, match="unknown size 'huge': choose one of tiny, small"): tiny_model("huge", TOKENIZER)
+    with pytest.raises(ValueError, match="unknown size 'huge': choose one of tiny, tiny-512, small"): tiny_model("huge", TOKENIZER)
 
 
 # ---- loading
@@ -192,6 +192,17 @@ def test_adapters_that_cannot_be(policy, tmp_path):
     assert "size mismatch" in refusal(tmp_path / "wider", adapter=tmp_path / "adapter")
     shutil.copy(policy / "config.json", tmp_path / "adapter" / "adapter_model.safetensors")   # not safetensors at all
     refusal(policy, adapter=tmp_path / "adapter")
+
+
+def test_adapters_are_complete_and_not_pickled(policy, tmp_path):
+    save_policy(add_lora(narrow(), r=2), TOKENIZER, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file(dict(list(weights.items())[:3]), path, {"format": "pt"})
+    assert "has no weights for base_model" in refusal(policy, adapter=tmp_path / "adapter")
+    path.unlink()
+    torch.save(weights, tmp_path / "adapter" / "adapter_model.bin")
+    assert "has no adapter_model.safetensors" in refusal(policy, adapter=tmp_path / "adapter")
     with pytest.raises(ValueError, match="nothing to merge"): merge_lora(narrow())
 
 

@@ -216,6 +216,14 @@ def test_a_finished_run_is_loaded_not_repeated(tmp_path):
     log = train_sft(first, TOKENIZER, MIXED, config)
     assert train_sft(again, TOKENIZER, MIXED, config, stop_at(1)) == log and same(first, again)
     with pytest.raises(ValueError, match="beyond the 3 steps"): train_sft(again, TOKENIZER, MIXED, replace(config, steps=3))
+    for other in (dict(seed=1), dict(lr=.5), dict(fork=False)):
+        with pytest.raises(ValueError, match=f"of a run with another {next(iter(other))}"): train_sft(again, TOKENIZER, MIXED, replace(config, **other))
+
+
+def test_checkpoints_hold_no_schedule_of_their_own(tmp_path):
+    "What accelerate would unpickle without a look at it (custom_checkpoint_*.pkl) is not written."
+    train_sft(fresh(), TOKENIZER, MIXED, replace(SHORT, steps=1, folder=str(tmp_path)))
+    assert not list(tmp_path.glob("step-*/custom_checkpoint_*"))
 
 
 def test_lora_trains_and_resumes(tmp_path):
@@ -273,8 +281,10 @@ def test_recipes(tmp_path):
     with pytest.raises(ValueError, match="unknown recipe 'nope': choose one of tiny-base, tiny-sft"): train_recipe("nope")
     model, _, log = train_recipe("tiny-base", runs=tmp_path, steps=1, batch=2)
     assert len(log) == 1 and (tmp_path / "tiny-base" / "step-000001").is_dir()
+    (tmp_path / "tiny-base" / "start.txt").write_text("of other weights")
+    with pytest.raises(ValueError, match="started from other weights"): train_recipe("tiny-base", runs=tmp_path, steps=1, batch=2)
     _, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)
-    assert log[0]["loss"] < 3   # it starts from tiny-base: random weights give about ln 119 = 4.8
+    assert log[0]["loss"] < 3   # it starts from tiny-base: random weights give about ln 151 = 5.0
     assert RECIPES["tiny-sft-random"].config.fork == "random"
     assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in ("random", "wide", "nested", "result", "kv")), "tiny-window"}
 

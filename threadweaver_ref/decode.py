@@ -279,7 +279,8 @@ class _Row(_Row):
 
     def prefill(self, branches):
         "Ids, positions, slots and mask (n, used) of all tokens that must be read before `branches` can write."
-        tree, seen = self.machine.tree, self.machine.tree.ancestors
+        tree = self.machine.tree
+        self.seen = seen = tree.ancestors
         self.release(seen)
         ids, positions, slots, spans, self.last = [], [], [], [], {}
         for s, have in self.missing(branches, seen):
@@ -430,7 +431,7 @@ class Decoder(Decoder):
         for _, _, r, row, branch in picked:
             live = _Live(branch, _key(row.key, branch.path), self.window)
             live.start, live.forced = self.step, read.pop(id(row), 0)
-            seen = row.sees(torch.tensor([branch.span]), row.machine.tree.ancestors)[0].to(self.device)
+            seen = row.sees(torch.tensor([branch.span]), row.seen)[0].to(self.device)
             lane = self.mask[r, len(row.live)]
             lane.fill_(self.hidden)
             lane[:len(seen)].masked_fill_(seen, 0)
@@ -577,12 +578,13 @@ def generate(
     stats=None,             # a dict: filled with steps, forward passes, seconds
 ) -> list:
     "A `Rollout` for every question. What one samples depends on its seed alone, not on its neighbours in the batch."
+    if isinstance(questions, str): raise ValueError("questions must be a list of strings, not one string")
     seeds = default_seeds(config.seed, questions) if seeds is None else seeds
     if len(seeds) != len(questions): raise ValueError(f"{len(seeds)} seeds for {len(questions)} questions")
     if not all(questions): raise ValueError(f"question {list(map(bool, questions)).index(False)} is empty")
     training, decoder = model.training, Decoder(model.eval(), tokenizer, config)
-    rollouts = decoder.run(questions, seeds, progress) if questions else []
-    model.train(training)
+    try: rollouts = decoder.run(questions, seeds, progress) if questions else []
+    finally: model.train(training)
     if stats is not None: stats.update(decoder.stats)
     return rollouts
 

@@ -10,7 +10,8 @@ import textwrap
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from .tasks import data_dir
@@ -68,7 +69,12 @@ def _load_model(name, dtype):
 def _put_on(model, adapter):
     "The model with the adapter of that folder."
     if not (Path(adapter) / "adapter_config.json").is_file(): raise ValueError(f"{adapter} is no adapter folder: it has no adapter_config.json")
-    return PeftModel.from_pretrained(model, str(adapter))
+    weights = Path(adapter) / "adapter_model.safetensors"
+    if not weights.is_file(): raise ValueError(f"{adapter} has no adapter_model.safetensors")
+    model = PeftModel.from_pretrained(model, str(adapter))
+    missing = set(get_peft_model_state_dict(model)) - set(load_file(weights))
+    if missing: raise ValueError(f"{weights} has no weights for {', '.join(sorted(missing)[:3])}")
+    return model
 
 def load_policy(
     path_or_name,  # a folder, a shipped policy such as "tiny-sft", or a hub name such as "Qwen/Qwen3-0.6B"

@@ -8,6 +8,7 @@ __all__ = ['RECIPES', 'token_counts', 'packing_ratio', 'SFTConfig', 'example_tre
            'Recipe', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
+import hashlib
 import json
 import math
 import random
@@ -15,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from .forkjoin import replay, units
+from .merge import get_join
 from .model import SIZES, load_policy, tiny_model
-from .tasks import BENCH_FAMILIES, trace, training_problem
+from .tasks import BENCH_FAMILIES, FORKS, trace, training_problem
 from .tokens import char_tokenizer, encode_prompt
 from .tree import SpanTree, collate, tree_logprobs
 
@@ -68,9 +70,13 @@ class SFTConfig:
     mixed_precision: str | None = None  # None: bf16 on CUDA, otherwise full
 
     def __post_init__(self):
-        for f in ("steps", "batch", "micro_tokens", "save_every"):
-            if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
+        for f in ("steps", "batch", "micro_tokens", "save_every", "window", "leaves"):
+            if getattr(self, f) is not None and getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
         if self.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
+        get_join(self.join)
+        if self.fork not in FORKS: raise ValueError(f"unknown fork mode {self.fork!r}: choose one of {', '.join(map(str, FORKS))}")
+        if not self.lr > 0: raise ValueError(f"lr={self.lr}: must be above 0")
+        if not 0 <= self.warmup <= 1: raise ValueError(f"warmup={self.warmup}: must lie between 0 and 1")
         if min(self.sequential, self.autoregressive) < 0 or self.sequential + self.autoregressive > 1:
             raise ValueError("sequential and autoregressive must lie between 0 and 1, and so must their sum")
 
@@ -188,7 +194,7 @@ def matrices(model) -> list:
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and not any(p is w for w in outer)]
 
 # %% ../nbs/07_sft.ipynb #6e24bd78
-def _checkpoint(accelerator, folder, step):
+def _checkpoint(accelerator, folder, step, settings):
     "Save everything at `step`, then forget the older checkpoints."
     part = folder / "part"
     if accelerator.is_main_process: shutil.rmtree(part, ignore_errors=True)   # of an interrupted save
@@ -196,16 +202,22 @@ def _checkpoint(accelerator, folder, step):
     accelerator.save_state(str(part), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (part / "step.json").write_text(json.dumps({"step": step}))
+        (part / "step.json").write_text(json.dumps({"step": step, "settings": settings}))
         part.rename(folder / f"step-{step:06}")
         for old in sorted(folder.glob("step-*"))[:-1]: shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
-def _resume(accelerator, folder, steps):
-    "The step to go on from: 0, or that of the newest checkpoint, which is loaded."
+def _settings(config):
+    "What must be the same for a run to go on: all that decides what it learns, as plain data."
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("folder", "save_every", "steps")}))
+
+def _resume(accelerator, folder, steps, settings):
+    "The step to go on from: 0, or that of the newest checkpoint, which is loaded. Raises `ValueError` if it is of another run."
     found = sorted(folder.glob("step-*")) if folder else []
     if not found: return 0
-    step = json.loads((found[-1] / "step.json").read_text())["step"]
+    saved = json.loads((found[-1] / "step.json").read_text())
+    step, other = saved["step"], [k for k, v in settings.items() if saved["settings"].get(k) != v]
+    if other: raise ValueError(f"{found[-1]} is of a run with another {other[0]}: choose another folder, or remove it")
     if step > steps: raise ValueError(f"{found[-1]} is beyond the {steps} steps asked for: choose another folder, or more steps")
     accelerator.load_state(str(found[-1]))
     return step
@@ -237,7 +249,6 @@ def _prepare(model, config):
     if inner: optimizers.append(Muon(inner, config.lr, weight_decay=config.weight_decay))
     schedules = [get_cosine_schedule_with_warmup(o, int(config.warmup * config.steps), config.steps) for o in optimizers]
     wrapped, *optimizers = accelerator.prepare(model.train(), *optimizers)
-    accelerator.register_for_checkpointing(*schedules)
     return accelerator, wrapped, optimizers, schedules
 
 # %% ../nbs/07_sft.ipynb #c08aa9b0
@@ -246,7 +257,9 @@ def _train(model, config, one_step, on_step, name):
     accelerator, wrapped, optimizers, schedules = _prepare(model, config)
     main, folder = accelerator.is_main_process, Path(config.folder) if config.folder else None
     if folder: folder.mkdir(parents=True, exist_ok=True)
-    start = _resume(accelerator, folder, config.steps)
+    start, settings = _resume(accelerator, folder, config.steps, _settings(config)), _settings(config)
+    for _ in range(start):
+        for s in schedules: s.step()
     log = _old_log(folder, start) if folder and main else []
     began = time.perf_counter() - (log[-1]["seconds"] if log else 0)
     bar = dict(initial=start, total=config.steps, desc=name, mininterval=1, **({} if main else {"disable": True}))
@@ -256,7 +269,7 @@ def _train(model, config, one_step, on_step, name):
         log.append({"step": step + 1, **row, "lr": schedules[0].get_last_lr()[0], "seconds": time.perf_counter() - began})
         if folder and main: _log(folder, log[-1])
         if on_step: on_step(step + 1, log[-1])
-        if folder and ((step + 1) % config.save_every == 0 or step + 1 == config.steps): _checkpoint(accelerator, folder, step + 1)
+        if folder and ((step + 1) % config.save_every == 0 or step + 1 == config.steps): _checkpoint(accelerator, folder, step + 1, settings)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()   # off with mixed precision
     return log
 
@@ -329,7 +342,7 @@ _MERGE = SFTConfig(steps=400, batch=10, micro_tokens=1024, lr=2e-3, optimizer="m
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=3500, batch=16, micro_tokens=1024, lr=5e-3, optimizer="muon", warmup=0.02, sequential=1.0,
                                           autoregressive=0.0, fork=False)),
-    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2400, batch=16, micro_tokens=1024, lr=3e-3, optimizer="muon", warmup=0.02, sequential=0.35,
+    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2200, batch=12, micro_tokens=1024, lr=3e-3, optimizer="muon", warmup=0.02, sequential=0.35,
                                               autoregressive=0.1), hard_from=1000),
     "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
@@ -342,6 +355,15 @@ RECIPES = {
 }
 
 # %% ../nbs/07_sft.ipynb #b13b2707
+def _same_start(model, folder):
+    "Note what a run starts from. Raises `ValueError` if the folder holds a run that started from other weights."
+    digest, path = hashlib.sha256(), Path(folder) / "start.txt"
+    for p in model.parameters(): digest.update(p.detach().cpu().numpy().tobytes())
+    if path.is_file() and path.read_text() != digest.hexdigest():
+        raise ValueError(f"{folder} holds a run that started from other weights: remove it, or choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(digest.hexdigest())
+
 def train_recipe(
     name: str,     # in `RECIPES`
     runs="runs",   # checkpoints and logs go to a folder of this name in here
@@ -356,5 +378,6 @@ def train_recipe(
         tokenizer = char_tokenizer()
         model = tiny_model(recipe.start, tokenizer)
     else: model, tokenizer = load_policy(recipe.start, device="cpu")
+    if config.folder: _same_start(model, config.folder)
     log = train_sft(model, tokenizer, lambda rng, step: recipe.problems(rng, step + recipe.hard_from), config)
     return model, tokenizer, log
