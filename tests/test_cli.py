@@ -3,11 +3,16 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from threadweaver_ref import cli
+from helpers import tiny
+
+from threadweaver_ref import bench, cli
 from threadweaver_ref.bench import mixed_problems, packing, table
+from threadweaver_ref.tasks import answer_text, oracle
+from threadweaver_ref.tasks import bench as get_bench
 from threadweaver_ref.tokens import char_tokenizer
 
 
@@ -51,6 +56,8 @@ def test_solve_reads_a_file(run, tmp_path):
     (["solve"], ["no question"]),
     (["solve", "--file", "/no/such/file"], ["/no/such/file"]),
     (["train", "giant"], ["giant", "tiny-base", "tiny-sft"]),
+    (["train", "giant", "--processes", "2"], ["giant", "tiny-base", "tiny-sft"]),
+    (["merges", "--part", "flat"], ["flat", "joins", "flat_and_nested"]),
 ])
 def test_mistakes_get_one_clear_line(run, args, names):
     code, out, err = run(*args)
@@ -78,7 +85,27 @@ def test_demo_problems_are_a_third_gsm8k_and_held_out():
 
 
 def test_packing_saves_half_of_the_tokens():
-    assert packing(char_tokenizer(), 100)["ratio"] > 1.5
+    found = packing(char_tokenizer(), 100)
+    assert 1.5 < found["ratio"] < found["ratio_of_those_that_fork"]
+
+
+def test_a_step_has_as_many_live_branches_as_asked(monkeypatch):
+    "What is timed is a turn of the decoder with exactly so many live branches."
+    live, turn = [], bench.Decoder.turn
+    monkeypatch.setattr(bench.Decoder, "turn", lambda self: (turn(self), live.append(len(self.rows[0].live)))[0])
+    for n in (1, 2, 5):
+        live.clear()
+        assert bench.step_cost(tiny("Qwen3", char_tokenizer()), char_tokenizer(), n, slots=200, repeats=3) > 0
+        assert live[-8:] == [n] * 8
+
+
+def test_wrong_answers_do_not_count_as_fast():
+    problems = get_bench("sums", 3)
+    answers = [SimpleNamespace(text=answer_text(p.answer), token_latency=oracle(p).best, decode_steps=1, forks=1, well_formed=True) for p in problems]
+    right = bench._row(problems, answers, answers, (1, 1))
+    assert right["share_of_oracle"] == pytest.approx(1)
+    short = [SimpleNamespace(**{**vars(a), "text": "", "token_latency": 5}) for a in answers[:2]] + answers[2:]
+    assert bench._row(problems, answers, short, (1, 1))["share_of_oracle"] == pytest.approx(1)
 
 
 def test_table_has_a_line_a_family():

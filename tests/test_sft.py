@@ -28,7 +28,7 @@ from threadweaver_ref.sft import (
     step_batches,
     step_problems,
     thin,
-    token_counts,
+    packing_counts,
     train_recipe,
     train_sft,
 )
@@ -95,7 +95,7 @@ def test_packing_saves_half_of_the_tokens():
     assert packing_ratio(problems, TOKENIZER) > 1.7   # chains and all
     assert packing_ratio([p for p in problems if p.family == "chain"], TOKENIZER) == 1
     requests = units(trace(RUNNING), prompt(RUNNING), TOKENIZER)
-    assert token_counts(RUNNING, TOKENIZER) == (sum(len(c) + len(d) for c, d in requests),
+    assert packing_counts(RUNNING, TOKENIZER) == (sum(len(c) + len(d) for c, d in requests),
                                                 len(replay(trace(RUNNING), prompt(RUNNING), TOKENIZER).pack()))
 
 
@@ -103,7 +103,8 @@ def test_packing_saves_half_of_the_tokens():
 
 def test_config_is_validated():
     for bad in (dict(steps=0), dict(batch=0), dict(micro_tokens=0), dict(save_every=0), dict(sequential=.8, autoregressive=.3),
-                dict(sequential=-.5, autoregressive=1)):
+                dict(sequential=-.5, autoregressive=1), dict(join="zip"), dict(fork="sometimes"), dict(lr=-1.), dict(lr=0.), dict(warmup=2),
+                dict(window=0), dict(leaves=0), dict(optimizer="sgd")):
         with pytest.raises(ValueError): SFTConfig(**bad)
 
 
@@ -217,7 +218,8 @@ def test_a_finished_run_is_loaded_not_repeated(tmp_path):
     assert train_sft(again, TOKENIZER, MIXED, config, stop_at(1)) == log and same(first, again)
     with pytest.raises(ValueError, match="beyond the 3 steps"): train_sft(again, TOKENIZER, MIXED, replace(config, steps=3))
     for other in (dict(seed=1), dict(lr=.5), dict(fork=False)):
-        with pytest.raises(ValueError, match=f"of a run with another {next(iter(other))}"): train_sft(again, TOKENIZER, MIXED, replace(config, **other))
+        with pytest.raises(ValueError, match=f"of a run with another {next(iter(other))}"):
+            train_sft(again, TOKENIZER, MIXED, replace(config, **other))
 
 
 def test_checkpoints_hold_no_schedule_of_their_own(tmp_path):

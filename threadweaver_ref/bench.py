@@ -13,10 +13,11 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from threadweaver_ref.decode import DecodeConfig, FlatCache, generate
-from threadweaver_ref.sft import token_counts
-from threadweaver_ref.tasks import BENCH_FAMILIES, bench, grade, oracle, sums, training_problem
-from threadweaver_ref.tokens import control_ids, encode_prompt
+from threadweaver_ref.decode import DecodeConfig, Decoder, generate
+from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.sft import curriculum, packing_counts
+from threadweaver_ref.tasks import BENCH_FAMILIES, bench, grade, oracle, sums
+from threadweaver_ref.tokens import control_ids, encode_prompt, encode_text
 
 
 def provenance(seed=None) -> dict:
@@ -40,10 +41,9 @@ def mixed_problems(n) -> dict:
 
 def _row(problems, sequential, parallel, seconds) -> dict:
     "One line of the comparison; speedups are means over problems (TW section 6)."
-    best = [oracle(p) for p in problems]
-    mean = statistics.fmean
-    possible = mean(o.speedup for o in best)
-    got = mean(o.sequential / r.token_latency for o, r in zip(best, parallel))
+    best, mean = [oracle(p) for p in problems], statistics.fmean
+    right = [(o, r) for p, o, r in zip(problems, best, parallel) if grade(r.text, p)]   # what is short because it is wrong is not fast
+    share = mean(o.sequential / r.token_latency for o, r in right) / mean(o.speedup for o, _ in right) if right else None
     return {
         "problems": len(problems),
         "accuracy_sequential": mean(grade(r.text, p) for r, p in zip(sequential, problems)),
@@ -51,7 +51,7 @@ def _row(problems, sequential, parallel, seconds) -> dict:
         "token_latency_sequential": mean(r.token_latency for r in sequential),
         "token_latency_parallel": mean(r.token_latency for r in parallel),
         "speedup_tokens": mean(s.token_latency / r.token_latency for s, r in zip(sequential, parallel)),
-        "speedup_oracle": possible, "share_of_oracle": got / possible,
+        "speedup_oracle": mean(o.speedup for o in best), "share_of_oracle": share,
         "decode_steps_sequential": mean(r.decode_steps for r in sequential),
         "decode_steps_parallel": mean(r.decode_steps for r in parallel),
         "seconds_sequential": seconds[0], "seconds_parallel": seconds[1], "speedup_seconds": seconds[0] / seconds[1],
@@ -88,26 +88,34 @@ def table(rows: dict) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, width)).rstrip() for line in lines)
 
 
-@torch.inference_mode()
-def step_cost(model, branches, context=512, repeats=30) -> float:
-    "Seconds (median) of one decode step: `branches` live branches over one cache of `context` slots."
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    cache = FlatCache(1, context + branches + 1)
-    ids = torch.ones(1, branches, dtype=torch.long, device=device)
-    mask = torch.zeros(1, 1, branches, context, dtype=dtype, device=device)
-    where, times = torch.arange(branches, device=device)[None], []
+class _Fork:
+    "A hook: the trunk forks at once into so many threads (none for 1), and none of them ever stops."
+    def __init__(self, tokenizer, branches):
+        outlines = "".join(f"<Outline>{i}:a</Outline>" for i in range(1, branches + 1))
+        self.block = encode_text(tokenizer, f"<Parallel><Outlines>{outlines}</Outlines>") if branches > 1 else []
+        self.plain = encode_text(tokenizer, "1")[0]
+
+    def __call__(self, branch, ids, logits):
+        here = branch.depth == 0 and len(ids) < len(self.block)
+        return torch.full_like(logits, -1e4).index_fill_(0, torch.tensor(self.block[len(ids)] if here else self.plain, device=logits.device), 0)
+
+
+def step_cost(model, tokenizer, branches, slots=512, repeats=10) -> float:
+    "Seconds (median) of one whole decoding step (`Decoder.turn`) of one problem: `branches` live branches, about `slots` slots of cache."
+    config = DecodeConfig(hook=_Fork(tokenizer, branches), limits=Limits(max_tokens=10 ** 6, max_thread_tokens=10 ** 6))
+    decoder, times = Decoder(model, tokenizer, config), []
+    decoder.begin(["1" * (slots - 20 * branches)], [0])
+    while not decoder.rows or len(decoder.rows[0].live) < branches: decoder.turn()
     for _ in range(repeats + 5):
-        cache.aim(1, where, context)
         began = time.perf_counter()
-        model(input_ids=ids, position_ids=ids * context, attention_mask=mask, past_key_values=cache, use_cache=True)
-        if device.type == "cuda": torch.cuda.synchronize()
+        decoder.turn()
         times.append(time.perf_counter() - began)
     return statistics.median(times[5:])
 
 
-def step_costs(model, counts=(1, 2, 4, 8, 16), rounds=7) -> dict:
-    "Decode step cost by live branches, relative to one branch: medians over rounds that measure all in turn."
-    runs = [[step_cost(model, b, repeats=10) for b in counts] for _ in range(rounds)]
+def step_costs(model, tokenizer, counts=(1, 2, 4, 8, 16), rounds=7) -> dict:
+    "Decoding step by live branches, relative to one branch: medians over rounds that measure all in turn."
+    runs = [[step_cost(model, tokenizer, b) for b in counts] for _ in range(rounds)]
     return {b: {"ms": 1e3 * statistics.median(r[i] for r in runs), "ratio": statistics.median(r[i] / r[0] for r in runs)}
             for i, b in enumerate(counts)}
 
@@ -147,10 +155,11 @@ def against_generate(model, tokenizer, problems, longest=1200) -> dict:
 
 
 def packing(tokenizer, n=200, seed=0) -> dict:
-    "Tokens through the model on training problems of all families, forked where they can be: unit by unit against packed."
+    "Tokens through the model on training problems, forked where they can be: unit by unit against packed; all, and those that do fork."
     rng = random.Random(seed)
-    alone, packed = map(sum, zip(*(token_counts(training_problem(rng), tokenizer) for _ in range(n))))
-    return {"problems": n, "tokens_unit_by_unit": alone, "tokens_packed": packed, "ratio": alone / packed}
+    counts = [packing_counts(curriculum(rng, 10 ** 6), tokenizer) for _ in range(n)]
+    ratio = lambda rows: sum(alone for alone, _ in rows) / sum(packed for _, packed in rows)
+    return {"problems": n, "ratio": ratio(counts), "ratio_of_those_that_fork": ratio([c for c in counts if c[0] > c[1]])}
 
 
 def decode_bench(model, tokenizer, problems=8, seed=0) -> dict:
@@ -158,5 +167,5 @@ def decode_bench(model, tokenizer, problems=8, seed=0) -> dict:
     rng = random.Random(seed)
     wide = [sums(rng, 8, 3) for _ in range(problems)]
     half = [p for f in ("gsm8k", "chain") for p in bench(f, 16)]
-    return {**provenance(seed), "step_cost": step_costs(model), "sums_of_8": wall_clock(model, tokenizer, wide),
+    return {**provenance(seed), "step_cost": step_costs(model, tokenizer), "sums_of_8": wall_clock(model, tokenizer, wide),
             "against_generate": against_generate(model, tokenizer, half), "packing": packing(tokenizer)}

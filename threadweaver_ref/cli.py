@@ -39,6 +39,7 @@ def _json(rollout) -> dict:
 def _questions(question, file):
     "The questions of the argument, the file, or standard input; one a line."
     if question and question != "-": return [question]
+    if not question and not file and sys.stdin.isatty(): raise ValueError("no question: give one as an argument, with --file, or on standard input")
     text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found: raise ValueError("no question: give one as an argument, with --file, or on standard input")
@@ -101,7 +102,7 @@ def demo(
 def evaluate(
     policy: str = typer.Option(POLICY),
     join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
-    problems: int = typer.Option(500, help="held-out problems of each family"),
+    problems: int = typer.Option(500, help="held-out problems of each family", min=1),
     out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
 ):
     "Accuracy and latency on the held-out sets, sequential and parallel."
@@ -118,7 +119,7 @@ def evaluate(
 @app.command("bench")
 def bench_command(
     policy: str = typer.Option(POLICY),
-    problems: int = typer.Option(8, help="sums of 8 three-digit products to time"),
+    problems: int = typer.Option(8, help="sums of 8 three-digit products to time", min=1),
     out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
 ):
     "Time decode steps by live branches, wall clock, orchestration, and batched decoding against transformers."
@@ -132,12 +133,13 @@ def bench_command(
 @app.command()
 def merges(
     part: Optional[list[str]] = typer.Option(None, help="joins, flat_and_nested, beyond_the_window or deadlines; default: all"),
-    problems: int = typer.Option(100, help="problems for each line"),
+    problems: int = typer.Option(100, help="problems for each line", min=1),
     out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
 ):
     "Compare the three joins, flat and nested forks, a small window, and deadlines."
     from threadweaver_ref.merges import merge_bench
     result = merge_bench(*([part] if part else []), n=problems)
+    if part and out and out.is_file(): result = {**json.loads(out.read_text()), **result}   # the other parts stay
     typer.echo(json.dumps(result, indent=1))
     _save(out, result)
 
@@ -153,15 +155,16 @@ def train(
     name: str = typer.Argument(..., help="a recipe: tiny-base, tiny-sft, ... (a wrong name lists them)"),
     out: Optional[Path] = typer.Option(None, help="folder for the policy; default runs/NAME/policy"),
     runs: Path = typer.Option(Path("runs"), help="checkpoints and logs; a stopped run goes on from there"),
-    steps: Optional[int] = typer.Option(None, help="fewer or more optimiser steps than the recipe"),
+    steps: Optional[int] = typer.Option(None, help="fewer or more optimiser steps than the recipe", min=1),
     processes: int = typer.Option(1, help="processes that share every step; on a CPU one a core is fastest", min=1),
 ):
     "Train a shipped policy again."
-    if processes > 1 and "RANK" not in os.environ: return _in_processes(processes)
     from accelerate import PartialState
 
     from threadweaver_ref.model import save_policy
-    from threadweaver_ref.sft import train_recipe
+    from threadweaver_ref.sft import get_recipe, train_recipe
+    get_recipe(name)   # a wrong name is refused once, not by every process
+    if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
     model, tokenizer, _ = train_recipe(name, runs, **({"steps": steps} if steps else {}))
     if not PartialState().is_main_process: return
     save_policy(model, tokenizer, out or runs / name / "policy")
@@ -195,7 +198,7 @@ def main():
     from transformers.utils import logging
     logging.disable_progress_bar()
     try: app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         typer.echo(f"threadweaver-ref: {str(error).splitlines()[0]}", err=True)
         raise SystemExit(2) from None
 
