@@ -250,6 +250,16 @@ def test_malformed_outlines_stay_text(text, rule):
         assert rule in [e.rule for e in inside.errors] and inside.text == f"{TWO}<Thread>1:</Thread><Thread>2:{text}</Thread></Parallel>"
 
 
+def test_tags_in_plain_characters_are_no_outlines():
+    "Control tokens spelled out, as a question that is quoted would have them, must not pass for control tokens."
+    plain = lambda text: encode_prompt(char, text)
+    control = lambda text: encode_text(char, text)
+    for middle in (plain("1:a</Outline><Outline>2:b"), [*control("1:a</Outline><Outline>2:"), *plain("say </Thread>")]):
+        machine = start()
+        machine.feed(machine.trunk, [*control("<Parallel><Outlines><Outline>"), *middle, *control("</Outline></Outlines>")])
+        assert machine.ready == [machine.trunk] and [e.rule for e in machine.errors] == ["tag_outside_block"]
+
+
 def test_a_good_block_behind_a_bad_one_forks():
     machine = start()
     say(machine, "trunk", block("1:a"))
@@ -286,8 +296,10 @@ def test_thread_that_does_not_end():
 def test_budget_spent():
     machine = start(limits=Limits(max_tokens=29))
     say(machine, "trunk", TWO)
-    assert [b.budget for b in machine.ready] == [8, 8]
-    say(machine, "2", "x" * 8, "length"); say(machine, "1", "y" * 8, "length")
+    assert [b.budget for b in machine.ready] == [5, 5]
+    say(machine, "2", "x" * 5, "length"); say(machine, "1", "y" * 5, "length")
+    assert machine.ready == [machine.trunk] and machine.trunk.budget == 6   # a share of its own, to answer with
+    say(machine, "trunk", "z" * 6, "length")
     assert machine.done and machine.finish_reason == "length" and not machine.ready
     alone = start(limits=Limits(max_tokens=4))
     say(alone, "trunk", "1234", "length")

@@ -5,6 +5,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from itertools import accumulate, permutations
 
 import pytest
@@ -137,8 +138,8 @@ def test_every_entry_of_a_division_is_right():
         body = re.search("x=.+?:.+?:(.+)=x", work(Step("x", "/", (a, b), ""), {}))[1]
         rest = 0
         for digit, entry in zip(str(a), body.split(","), strict=True):
-            r, d, q, left = map(int, re.fullmatch(r"(\d)[₀-₉](\d)=[Ⅰ-Ⅻ](\d)r(\d)", entry).groups())
-            assert (r, d) == (rest, int(digit)) and q * b + left == 10 * r + d and left < b
+            r, d, q, taken, left = map(int, re.fullmatch(r"(\d)[₀-₉](\d)=[Ⅰ-Ⅻ](\d)-(\d\d)r(\d)", entry).groups())
+            assert (r, d) == (rest, int(digit)) and taken == q * b and taken + left == 10 * r + d and left < b
             rest = left
         assert rest == 0
 
@@ -273,7 +274,26 @@ def test_answers_against_python():
 def test_grade_takes_the_last_box():
     assert grade(r"\boxed{1}\boxed{56}", RUNNING) and not grade(r"\boxed{56}\boxed{1}", RUNNING)
     assert not grade("56", RUNNING) and not grade("", RUNNING) and not grade(r"\boxed{7*8}", RUNNING)
-    assert extract_answer(r"\boxed{5") is None
+    assert extract_answer(r"\boxed{5") is None and extract_answer(r"\boxed{\frac{1}{2}}") == r"\frac{1}{2}"
+    assert not grade(r"\boxed{56} no, \boxed{\frac{1}{2}}", RUNNING) and not grade(r"\boxed{56} wrong, \boxed{6", RUNNING)
+    assert grade(r"\boxed{ 56 }", RUNNING) and grade(r"\boxed{1,200}", replace(RUNNING, answer=1200))
+
+
+def test_long_divisors_are_refused():
+    with pytest.raises(ValueError, match="1000/25: divisors above 10"): Graph(((Step("a", "/", (1000, 25), "a"),),)).values()
+
+
+def test_a_trace_of_ones_own():
+    def own(problem, fork, rng): return [Text(repr(fork))]
+    def lone(rng): return replace(RUNNING, family="lone")
+    family(lone, own)
+    try:
+        p = lone(None)
+        assert trace(p, "nested") == trace(p, True) == [Text("True")] and trace(p, False) == [Text("False")]
+        with pytest.raises(ValueError, match="'lone' writes no conclusions"): trace(p, True, conclude=True)
+        family(lone)
+        assert "lone" not in TRACES
+    finally: FAMILIES.pop("lone")
 
 
 def test_running_example():
@@ -395,8 +415,8 @@ def test_an_unwise_thread_guesses_and_the_rest_goes_on_with_it():
 
 def test_a_guess_never_breaks_what_follows():
     "Subtraction and division behind a guess must still come out whole and from 0 up."
-    steps = tuple(Step(n, op, args, n) for n, op, args in [("a", "*", (7, 6)), ("b", "-", ("a", 40)), ("c", "-", (60, "b")), ("d", "/", ("c", 29))])
-    p = Problem("a=7*6;b=a-40;c=60-b;d=c/29;d?", 2, "strict", Graph((steps,)))
+    steps = tuple(Step(n, op, args, n) for n, op, args in [("a", "*", (7, 6)), ("b", "-", ("a", 40)), ("c", "-", (11, "b")), ("d", "/", ("c", 9))])
+    p = Problem("a=7*6;b=a-40;c=11-b;d=c/9;d?", 1, "strict", Graph((steps,)))
     for seed in range(300): assert int(extract_answer(render(trace(p, "random", random.Random(seed))))) >= 0
 
 

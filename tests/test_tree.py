@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from helpers import ARCHITECTURES, TOKENIZERS, alone, random_forks, random_text, rngs, thread_paths, tiny
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -174,7 +175,7 @@ def batched(model, trees, size=7):
 @pytest.mark.parametrize("join", ["concat", "result"])
 def test_packed_is_unpacked(setting, join):
     model, tokenizer, name = setting
-    made = [(random_forks(rng, conclusions=join == "result"), encode_prompt(tokenizer, random_text(rng))) for rng in rngs(21, name)]
+    made = [(random_forks(rng, 3, conclusions=join == "result"), encode_prompt(tokenizer, random_text(rng))) for rng in rngs(21, name)]
     trees = [replay(t, prompt, tokenizer, join) for t, prompt in made]
     for (trajectory, prompt), tree, packed in zip(made, trees, batched(model, trees), strict=True):
         expected = {(tuple(c), tuple(w)): alone(model, c, w) for c, w in units(trajectory, prompt, tokenizer, join)}
@@ -226,8 +227,8 @@ class ByHand:
 
 def test_kv_is_its_mask_written_out_by_hand(setting):
     model, tokenizer, name = setting
-    for rng in rngs(14, "kv" + name):
-        trajectory, prompt = random_forks(rng, conclusions=True), encode_prompt(tokenizer, random_text(rng))
+    for rng in rngs(20, "kv" + name):
+        trajectory, prompt = random_forks(rng, 3, conclusions=True), encode_prompt(tokenizer, random_text(rng))
         packed = replay(trajectory, prompt, tokenizer, "kv").pack()
         with torch.no_grad(): found = tree_logprobs(model, collate([packed]))
         expected = ByHand(tokenizer, prompt, trajectory).logprobs(model)
@@ -259,9 +260,9 @@ def change(trajectory, path):
 @pytest.mark.parametrize("join", JOINS)
 def test_siblings_are_independent(setting, join):
     model, tokenizer, name = setting
-    made, cases = rngs(7 if join == "concat" else 4, "siblings" + name), []
+    made, cases = rngs(20, "siblings" + name), []
     for rng in made:
-        trajectory, prompt = random_forks(rng), encode_prompt(tokenizer, random_text(rng))
+        trajectory, prompt = random_forks(rng, 3), encode_prompt(tokenizer, random_text(rng))
         path = rng.choice(list(thread_paths(trajectory)))
         cases.append((path, *(played(t, prompt, tokenizer, rng, join) for t in (trajectory, change(trajectory, path)))))
     before = batched(model, [old[0] for _, old, _ in cases])
@@ -309,3 +310,16 @@ def test_nothing_predicts_a_root():
     tokenizer, tree = TOKENIZERS["char"](), SpanTree()
     tree.add([20, 21], sampled=True)
     with pytest.raises(ValueError, match="nothing predicts it"): tree_logprobs(tiny("Qwen3", tokenizer), collate([tree.pack()]))
+
+
+@pytest.mark.parametrize("arch", ["Mistral", "Gemma3Text"])
+def test_longer_than_a_sliding_window_is_refused(arch):
+    "The tree mask would let a token see further back than the model's own attention does."
+    tokenizer = TOKENIZERS["char"]()
+    config = getattr(transformers, f"{arch}Config")(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64,
+        vocab_size=len(tokenizer), sliding_window=8, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    pack = lambda text: collate([replay([Text(text)], encode_prompt(tokenizer, "7?"), tokenizer).pack()])
+    with pytest.raises(ValueError, match="sliding window of 8 tokens"): tree_logprobs(model, pack("123456789"))
+    assert len(tree_logprobs(model, pack("12"))) == 3

@@ -23,7 +23,7 @@ from .forkjoin import MODES, ForkJoin, Limits
 from .merge import get_join
 from .tasks import extract_answer
 from .tokens import Fork, check_format, encode_prompt, encode_text
-from .tree import SpanTree
+from .tree import SpanTree, sliding_window
 
 # %% ../nbs/08_decode.ipynb #a5cb1cfa
 class FlatCache(Cache):
@@ -313,7 +313,8 @@ class Decoder:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.device, self.dtype = next(model.parameters()).device, next(model.parameters()).dtype
         self.hidden = torch.finfo(self.dtype).min
-        self.window = config.window or getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+        reach = getattr(model.config.get_text_config(), "max_position_embeddings", None), sliding_window(model)
+        self.window = config.window or min((n for n in reach if n), default=float("inf"))
         self.rows, self.step = [], 0
         self.stats = {"steps": 0, "forwards": 0, "prefill_tokens": 0, "prefill_seconds": 0.0, "forward_seconds": 0.0}
 

@@ -17,7 +17,7 @@ from .tree import SpanTree
 class Limits:
     "Hard limits of one rollout. Raises `ValueError` for a number below 1."
     max_threads: int = 32         # of one fork
-    max_forks: int = 16           # of one line of reasoning (the trunk, or one thread)
+    max_forks: int = 16           # of one line of reasoning (the trunk, or one thread): all lines together would depend on their order
     max_depth: int = 3            # of forks within threads
     max_tokens: int = 4096        # sampled tokens of all branches together
     max_thread_tokens: int = 2048 # sampled tokens of one thread, its inner threads counted
@@ -158,9 +158,12 @@ class ForkJoin(ForkJoin):
         tail, opening, limits = branch.tail, self.control["<Parallel>"], self.limits
         if opening not in tail: raise FormatError("close_without_open", 0, "</Outlines>")
         at = len(tail) - 1 - tail[::-1].index(opening)
-        outlines = parse_outlines(self._decode(tail[at:]))
+        text = self._decode(tail[at:])
+        if sum(map(text.count, self.control)) != sum(i in self.control.values() for i in tail[at:]):
+            raise FormatError("tag_outside_block", 0, "a tag in plain characters among the outlines")
+        outlines = parse_outlines(text)
         for rule, asked, allowed in [("max_threads", len(outlines), limits.max_threads), ("max_depth", branch.depth + 1, limits.max_depth),
-                                     ("max_forks", branch.forks + 1, limits.max_forks), ("max_tokens", len(outlines), branch.budget)]:
+                                     ("max_forks", branch.forks + 1, limits.max_forks), ("max_tokens", len(outlines) + 1, branch.budget)]:
             if asked > allowed: raise FormatError(rule, 0, f"{asked} asked for, {allowed} allowed")
         return at, outlines
 
@@ -176,8 +179,8 @@ class ForkJoin(ForkJoin):
 # %% ../nbs/05_forkjoin.ipynb #c5872004
 class ForkJoin(ForkJoin):
     def _fork(self, branch, at, outlines):
-        "Start a thread for every outline; they share what is left of the budget."
-        quota = min(branch.budget // len(outlines), self.limits.max_thread_tokens)
+        "Start a thread for every outline. What is left of the budget is shared: one part each, and one to go on with behind the join."
+        quota = min(branch.budget // (len(outlines) + 1), self.limits.max_thread_tokens)
         branch.nodes += self._text(branch.tail[:at]) + [Fork(outlines, [], tuple(branch.tail[at:]))]
         branch.tail, branch.threads, branch.forks = [], [], branch.forks + 1
         for i in range(1, len(outlines) + 1):

@@ -47,6 +47,7 @@ def _apply(op, args):
     "The result of one operation. Raises `ValueError` where it is not a whole number from 0 up."
     if op == "total": return sum(args)
     a, b = args
+    if op == "/" and b > 10: raise ValueError(f"{a}/{b}: divisors above 10 are not worked out here")
     if op == "/" and (not b or a % b): raise ValueError(f"{a}/{b} is not a whole number")
     if op == "-" and a < b: raise ValueError(f"{a}-{b} is below zero")
     return a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a // b
@@ -243,7 +244,9 @@ def trace(
     "The trajectory that solves `problem`, digit by digit; where it may fork, it goes level by level. A random one may go wrong."
     if fork not in FORKS: raise ValueError(f"unknown fork mode {fork!r}: choose one of {', '.join(map(str, FORKS))}")
     rng = rng or random.Random(0)
-    if problem.family in TRACES: return TRACES[problem.family](problem, fork, rng)
+    if problem.family in TRACES:
+        if conclude: raise ValueError(f"the trace of the family {problem.family!r} writes no conclusions")
+        return TRACES[problem.family](problem, fork == "nested" or fork, rng)
     if fork == "nested" and len(groups(problem)) > 1: return _in_groups(problem, conclude)
     if fork == "random": return _random_trace(problem, rng, conclude)
     known, nodes = problem.graph.values(), []
@@ -310,16 +313,16 @@ def _random_trace(problem, rng, conclude):
     return _merge_text([*nodes, Text(answer_text(known[graph.steps[-1].name]))])
 
 # %% ../nbs/02_tasks.ipynb #6c6c6d96
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-
 def extract_answer(text: str):
-    "What stands in the last box, or None."
-    found = _BOXED.findall(text)
-    return found[-1] if found else None
+    "What stands in the last box; None if there is none, or if it is not closed."
+    box, depth = text.rpartition("\\boxed{")[1:], 1
+    for i, c in enumerate(box[1] if box[0] else ""):
+        depth += (c == "{") - (c == "}")
+        if not depth: return box[1][:i].strip()
 
 def grade(text: str, problem: Problem) -> bool:
-    "Is the last boxed answer the right one?"
-    return extract_answer(text) == str(problem.answer)
+    "Is the last boxed answer the right one? `1,200` is 1200."
+    return (extract_answer(text) or "").replace(",", "") == str(problem.answer)
 
 # %% ../nbs/02_tasks.ipynb #cded03ad
 _TAGGED = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
@@ -370,7 +373,10 @@ class Oracle:
     def pays(self): return self.best < self.sequential
 
 def oracle(problem: Problem) -> Oracle:
-    "The least token latency of any schedule of the graph, one step a thread (end of sequence counted). Exact up to nine threads a fork."
+    """The least token latency of any schedule of the graph, one step a thread (end of sequence counted).
+
+    Exact up to nine threads a fork. Forks within forks, which write fewer outlines one after another, can be faster still (`08b_merges`).
+    Time grows fast with the number of steps that are ready at once and that a later step *of the same phase* needs."""
     if problem.graph is None: raise ValueError(f"no graph is known for problems of the family {problem.family!r}")
     known = problem.graph.values()
     costs = {s.name: len(work(s, known)) for s in problem.graph.steps}
@@ -387,6 +393,7 @@ def family(
 ):
     "Register a sampler (and its own trace) under its own name. A decorator."
     FAMILIES[sampler.__name__] = sampler
+    TRACES.pop(sampler.__name__, None)
     if trace: TRACES[sampler.__name__] = trace
     return sampler
 

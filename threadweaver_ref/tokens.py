@@ -119,7 +119,7 @@ def _layout_threads(threads, x, row, rows):
 # %% ../nbs/01_tokens.ipynb #888e8c93
 def _draw_cell(ax, x, row, token, labelled):
     "One token: text on a tint of its row's colour, a control token as its initial (inverse where it opens)."
-    control, opens, circled = len(token) > 1, not token.startswith("</"), "CIRCLED" in name(token[0])
+    control, opens, circled = len(token) > 1, not token.startswith("</"), "CIRCLED" in name(token[0], "")
     colour = f"C{(row - 1) % 10}" if row else "0.45"
     face = colour if control and opens else "white"
     ax.add_patch(plt.Rectangle((x, row), 1, 1, fc=face if control else colour, ec=colour, lw=.5 * labelled, alpha=1 if control else .25))
@@ -139,7 +139,7 @@ def draw_trajectory(
     ax = ax or plt.figure(figsize=(min(15, .1 * width + .3), .24 * rows + .35)).add_axes((.01, .25, .98, .74))
     labelled = ax.get_window_extent().width / ax.figure.dpi > .055 * width   # else the letters would overlap
     for cell in cells: _draw_cell(ax, *cell, labelled)
-    ax.set(xlim=(-.1, width + .1), ylim=(rows + .05, -.05), yticks=[], xlabel="decoding step")
+    ax.set(xlim=(-.1, width + .1), ylim=(rows + .05, -.05), yticks=[], xlabel="tokens on the critical path")
     ax.spines[:].set_visible(False)
     return ax
 
@@ -392,7 +392,8 @@ def encode_prompt(
     text: str,  # what a user typed
 ) -> list:
     "Ids of a user's text. Control tokens in it, and the tokenizer's own special tokens, stay plain text."
-    specials = "|".join(re.escape(t) for t in {*CONTROL_TOKENS, *tokenizer.all_special_tokens} if len(t) > 1)
+    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    specials = "|".join(re.escape(t) for t in {*CONTROL_TOKENS, *tokenizer.all_special_tokens, *added} if len(t) > 1)
     cuts = [0, *(tag.start() + 1 for tag in re.finditer(f"(?={specials})", text)), len(text)]  # overlapping ones too
     return [i for a, b in pairwise(cuts) for i in encode_text(tokenizer, text[a:b])]
 

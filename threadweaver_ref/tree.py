@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SpanTree', 'PackedTree', 'token_labels', 'span_lanes', 'span_colors', 'show_tree', 'tree_mask', 'show_mask',
-           'mask_explorer', 'tree_mask_mod', 'tree_block_mask', 'block_kinds', 'additive', 'collate', 'tree_logits',
-           'tree_logprobs', 'forest', 'collate_blocks']
+           'mask_explorer', 'tree_mask_mod', 'tree_block_mask', 'block_kinds', 'additive', 'collate', 'sliding_window',
+           'tree_logits', 'tree_logprobs', 'forest', 'collate_blocks']
 
 # %% ../nbs/03_tree.ipynb #8551a874
 import html
@@ -288,8 +288,14 @@ def collate(
     return {**batch, "attention_mask": additive(mask.to(device), dtype)[:, None]}
 
 # %% ../nbs/03_tree.ipynb #8dbc3361
+def sliding_window(model):
+    "How far back the model's plain attention looks, if not all the way; else None. A mask of our own would not be cut off there."
+    return getattr(getattr(model, "module", model).config.get_text_config(), "sliding_window", None)
+
 def tree_logits(model, batch) -> torch.Tensor:
-    "(P, N, V): the model on a batch of packed trees."
+    "(P, N, V): the model on a batch of packed trees. Raises `ValueError` for lines longer than the model's sliding window."
+    window = sliding_window(model)
+    if window and batch["position_ids"].max() >= window: raise ValueError(f"a line is longer than the model's sliding window of {window} tokens")
     return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"],
                  attention_mask=batch["attention_mask"], use_cache=False).logits
 
