@@ -1,5 +1,6 @@
 """Fails if a generated module differs from its notebook, or a notebook carries debris. Run by `make test`."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,9 +34,19 @@ def debris(path) -> list:
     return found
 
 
+def stale_readme() -> list:
+    "Text of `index.ipynb` that README.md lacks."
+    readme, found = (ROOT / "README.md").read_text(encoding="utf-8"), []
+    for cell in json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
+        text = re.sub(r"\]\(([0-9a-z_]+\.ipynb)\)", r"](nbs/\1)", "".join(cell["source"])).replace("](../", "](").strip()
+        if cell["cell_type"] == "markdown" and text not in readme: found.append(f"README.md lacks {text[:60]!r} of index.ipynb (run make readme)")
+    return found
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder: found = drift(Path(folder) / "copy")
-    for path in sorted((ROOT / "nbs").glob("*.ipynb")): found += debris(path)
+    for path in sorted((ROOT / "nbs").glob("[!_]*.ipynb")): found += debris(path)   # one that starts with _ is a draft
+    found += stale_readme()
     print("\n".join(found) or "notebooks and modules agree; no debris")
     sys.exit(bool(found))
 

@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")   # the same results with or without a GPU; what is marked cuda says otherwise
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 

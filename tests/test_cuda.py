@@ -9,6 +9,8 @@ from test_decode import ROOMY, Script, clean_plan, questions, random_plan, repla
 from threadweaver_ref.decode import DecodeConfig, filter_logits, generate, gumbel_noise
 from threadweaver_ref.forkjoin import Limits, replay
 from threadweaver_ref.tokens import encode_prompt
+from threadweaver_ref.sft import SFTConfig, train_sft
+from threadweaver_ref.tasks import BENCH_FAMILIES, training_problem
 from threadweaver_ref.tree import PackedTree, collate, collate_blocks, tree_block_mask, tree_logprobs, tree_mask
 
 pytestmark = pytest.mark.cuda
@@ -125,3 +127,16 @@ def test_a_step_for_many_lanes_costs_less_than_many_steps():
     per_token = {b: stats[b]["forward_seconds"] / sum(r.total_tokens for r in rs) for b, rs in ((1, narrow), (64, wide))}
     print({b: f"{1e6 * t:.1f} us a token" for b, t in per_token.items()}, torch.cuda.get_device_name())
     assert stats[64]["forwards"] < stats[1]["forwards"] and per_token[64] < per_token[1] / 4
+
+
+def test_training_with_flex_equals_dense(monkeypatch):
+    "Three steps with either attention: nearly the same losses."
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    problems = [training_problem(random.Random(1), [name]) for name in BENCH_FAMILIES]
+    losses = {}
+    for attention in ("dense", "flex"):
+        model = tiny("Qwen3", char, hidden_size=64, head_dim=32)
+        config = SFTConfig(steps=3, batch=4, attention=attention, mixed_precision="no")
+        losses[attention] = [row["loss"] for row in train_sft(model, char, problems, config)]
+        assert model.config._attn_implementation == "sdpa" and next(model.parameters()).is_cuda
+    assert losses["dense"] == pytest.approx(losses["flex"], rel=2e-2)

@@ -104,7 +104,7 @@ def test_packing_saves_half_of_the_tokens():
 def test_config_is_validated():
     for bad in (dict(steps=0), dict(batch=0), dict(micro_tokens=0), dict(save_every=0), dict(sequential=.8, autoregressive=.3),
                 dict(sequential=-.5, autoregressive=1), dict(join="zip"), dict(fork="sometimes"), dict(lr=-1.), dict(lr=0.), dict(warmup=2),
-                dict(window=0), dict(leaves=0), dict(optimizer="sgd")):
+                dict(window=0), dict(leaves=0), dict(optimizer="sgd"), dict(attention="sparse")):
         with pytest.raises(ValueError): SFTConfig(**bad)
 
 
@@ -245,6 +245,10 @@ def test_ready_trees_are_taken_as_they_are():
     assert example_tree(trees[0], TOKENIZER, SFTConfig(), random.Random(0)) is trees[0]
     one, two, config = fresh(), fresh(), SFTConfig(steps=2, batch=4, sequential=0, autoregressive=0)
     assert [r["loss"] for r in train_sft(one, TOKENIZER, trees, config)] == [r["loss"] for r in train_sft(two, TOKENIZER, MIXED, config)]
+
+
+def test_flex_attention_is_refused_on_a_cpu():
+    with pytest.raises(ValueError, match="needs a CUDA device"): train_sft(fresh(), TOKENIZER, [RUNNING], SFTConfig(steps=1, attention="flex"))
 
 
 def test_no_problems(tmp_path):

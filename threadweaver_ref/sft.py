@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
@@ -31,7 +31,7 @@ from .merge import get_join
 from .model import SIZES, load_policy, tiny_model
 from .tasks import BENCH_FAMILIES, FORKS, trace, training_problem
 from .tokens import char_tokenizer, encode_prompt
-from .tree import SpanTree, collate, tree_logprobs
+from .tree import SpanTree, collate, collate_blocks, tree_logprobs
 
 # %% ../nbs/07_sft.ipynb #e3056ac1
 def packing_counts(problem, tokenizer, fork=True, join="concat") -> tuple:
@@ -68,11 +68,13 @@ class SFTConfig:
     folder: str | None = None        # checkpoints and the log go here
     save_every: int = 200            # steps
     mixed_precision: str | None = None  # None: bf16 on CUDA, otherwise full
+    attention: str = "dense"         # the whole mask, or "flex": FlexAttention by blocks (CUDA only: it has no backward on a CPU)
 
     def __post_init__(self):
         for f in ("steps", "batch", "micro_tokens", "save_every", "window", "leaves"):
             if getattr(self, f) is not None and getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
         if self.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
+        if self.attention not in ("dense", "flex"): raise ValueError(f"unknown attention {self.attention!r}: choose dense or flex")
         get_join(self.join)
         if self.fork not in FORKS: raise ValueError(f"unknown fork mode {self.fork!r}: choose one of {', '.join(map(str, FORKS))}")
         if not self.lr > 0: raise ValueError(f"lr={self.lr}: must be above 0")
@@ -144,6 +146,11 @@ def share(groups, process=0, processes=1) -> list:
 
 def _likelihood(group, batch, logprobs, count): return -logprobs.sum() / count   # the loss of fine-tuning
 
+def _collate(group, model, device):
+    "A batch in the form that the model's attention takes."
+    flex = getattr(model, "module", model).config._attn_implementation == "flex_attention"
+    return (collate_blocks if flex else collate)(group, device)
+
 def _update(model, optimizers, groups, accelerator, clip, loss_of=_likelihood, count=None):
     "One optimiser step. The loss is normalised once, over all sampled tokens of all processes (eq. 4), or over `count`."
     count = count or sum(int(p.sampled.sum()) for g in groups for p in g)
@@ -151,7 +158,7 @@ def _update(model, optimizers, groups, accelerator, clip, loss_of=_likelihood, c
     mine = share(groups, accelerator.process_index, accelerator.num_processes)
     for left, (group, weight) in zip(reversed(range(len(mine))), mine):
         with accelerator.no_sync(model) if left else nullcontext():   # gradients are exchanged with the last
-            batch = collate(group, accelerator.device)
+            batch = _collate(group, model, accelerator.device)
             with accelerator.autocast(): logprobs = tree_logprobs(model, batch)
             loss = weight * loss_of(group, batch, logprobs, count)
             accelerator.backward(loss * accelerator.num_processes)   # processes are averaged
@@ -240,7 +247,9 @@ def _log(folder, row):
 def _prepare(model, config):
     "Accelerator, optimiser and schedule; the model on its device and, for several processes, wrapped."
     AcceleratorState._reset_state()   # a second run in this process may have another precision
-    cuda = torch.cuda.is_available()
+    cuda = PartialState().device.type == "cuda"
+    if config.attention == "flex" and not cuda: raise ValueError("attention='flex' needs a CUDA device: choose dense")
+    if config.attention == "flex": model.set_attn_implementation("flex_attention")
     accelerator = Accelerator(mixed_precision=config.mixed_precision or ("bf16" if cuda else "no"))
     set_seed(config.seed)
     inner = matrices(model) if config.optimizer == "muon" else []
@@ -271,6 +280,7 @@ def _train(model, config, one_step, on_step, name):
         if on_step: on_step(step + 1, log[-1])
         if folder and ((step + 1) % config.save_every == 0 or step + 1 == config.steps): _checkpoint(accelerator, folder, step + 1, settings)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()   # off with mixed precision
+    if config.attention == "flex": model.set_attn_implementation("sdpa")
     return log
 
 # %% ../nbs/07_sft.ipynb #6c72f2c4
