@@ -289,13 +289,14 @@ def test_recipes(tmp_path):
     assert len(log) == 1 and (tmp_path / "tiny-base" / "step-000001").is_dir()
     (tmp_path / "tiny-base" / "start.txt").write_text("of other weights")
     with pytest.raises(ValueError, match="started from other weights"): train_recipe("tiny-base", runs=tmp_path, steps=1, batch=2)
-    _, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)
+    _, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)   # its first stage comes first
+    assert (tmp_path / "tiny-sft-first" / "step-000001").is_dir() and (tmp_path / "tiny-sft" / "step-000001").is_dir()
     assert log[0]["loss"] < 3   # it starts from tiny-base: random weights give about ln 151 = 5.0
     assert RECIPES["tiny-sft-random"].config.fork == "random"
-    assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in ("random", "wide", "nested", "result", "kv")), "tiny-window"}
+    assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in ("first", "random", "wide", "nested", "result", "kv")), "tiny-window"}
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"tiny-base", "tiny-sft"}))
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"tiny-base", "tiny-sft-first"}))
 def test_steps_of_every_recipe_fit(name):
     "Problems are drawn at every stage, are no held-out ones, and keep to the window that the recipe promises."
     recipe = RECIPES[name]

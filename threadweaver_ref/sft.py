@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
-           'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'wide', 'narrow',
-           'Recipe', 'get_recipe', 'train_recipe']
+           'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'wide', 'crowded',
+           'narrow', 'Recipe', 'get_recipe', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -28,7 +28,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from .forkjoin import replay, units
 from .merge import get_join
-from .model import SIZES, load_policy, tiny_model
+from .model import SIZES, load_policy, shipped_policies, tiny_model
 from .tasks import BENCH_FAMILIES, FORKS, trace, training_problem
 from .tokens import char_tokenizer, encode_prompt
 from .tree import SpanTree, collate, collate_blocks, tree_logprobs
@@ -333,6 +333,11 @@ def wide(rng, step):
     n = rng.randint(2, 32)
     return training_problem(rng, ["sums"], n=n, digits=1 if n > 16 else rng.choice([1, 2, None]))
 
+def crowded(rng, step):
+    "Every other problem is a sum of 6 to 16 products, where the next of many like ones must be found."
+    if rng.random() < .5: return curriculum(rng, 10 ** 6)
+    return training_problem(rng, ["sums"], n=rng.randint(6, 16), digits=rng.choice([1, None, 2]))
+
 def narrow(rng, step):
     "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
     n = rng.randint(2, 24 if step > 300 else 9)
@@ -342,7 +347,7 @@ def narrow(rng, step):
 @dataclass(frozen=True)
 class Recipe:
     "How a shipped policy is made."
-    start: str           # the policy it starts from, or a size in `SIZES` for random weights
+    start: str           # a size in `SIZES` for random weights, the policy it starts from, or a recipe that has to be run before
     config: SFTConfig
     problems: Callable = curriculum   # a sampler f(rng, step)
     hard_from: int = 0   # the step of the curriculum that it starts at
@@ -352,8 +357,10 @@ _MERGE = SFTConfig(steps=400, batch=10, micro_tokens=1024, lr=2e-3, optimizer="m
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=3500, batch=16, micro_tokens=1024, lr=5e-3, optimizer="muon", warmup=0.02, sequential=1.0,
                                           autoregressive=0.0, fork=False)),
-    "tiny-sft": Recipe("tiny-base", SFTConfig(steps=2200, batch=12, micro_tokens=1024, lr=3e-3, optimizer="muon", warmup=0.02, sequential=0.35,
+    "tiny-sft-first": Recipe("tiny-base", SFTConfig(steps=2200, batch=12, micro_tokens=1024, lr=3e-3, optimizer="muon", warmup=0.02, sequential=0.35,
                                               autoregressive=0.1), hard_from=1000),
+    "tiny-sft": Recipe("tiny-sft-first", SFTConfig(steps=1400, batch=12, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.3,
+                                                   autoregressive=0.05, leaves=3), crowded),
     "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),
@@ -391,7 +398,8 @@ def train_recipe(
     if recipe.start in SIZES:
         tokenizer = char_tokenizer()
         model = tiny_model(recipe.start, tokenizer)
-    else: model, tokenizer = load_policy(recipe.start, device="cpu")
+    elif recipe.start in shipped_policies(): model, tokenizer = load_policy(recipe.start, device="cpu")
+    else: model, tokenizer, _ = train_recipe(recipe.start, runs, **{k: v for k, v in changes.items() if k != "folder"})
     if config.folder: _same_start(model, config.folder)
     log = train_sft(model, tokenizer, lambda rng, step: recipe.problems(rng, step + recipe.hard_from), config)
     return model, tokenizer, log
