@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -201,7 +201,7 @@ def matrices(model) -> list:
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and not any(p is w for w in outer)]
 
 # %% ../nbs/07_sft.ipynb #6e24bd78
-def _checkpoint(accelerator, folder, step, settings):
+def _checkpoint(accelerator, folder, step, settings, schedules):
     "Save everything at `step`, then forget the older checkpoints."
     part = folder / "part"
     if accelerator.is_main_process: shutil.rmtree(part, ignore_errors=True)   # of an interrupted save
@@ -209,7 +209,7 @@ def _checkpoint(accelerator, folder, step, settings):
     accelerator.save_state(str(part), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (part / "step.json").write_text(json.dumps({"step": step, "settings": settings}))
+        (part / "step.json").write_text(json.dumps({"step": step, "settings": settings, "schedules": [s.state_dict() for s in schedules]}))
         part.rename(folder / f"step-{step:06}")
         for old in sorted(folder.glob("step-*"))[:-1]: shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -218,7 +218,7 @@ def _settings(config):
     "What must be the same for a run to go on: all that decides what it learns, as plain data."
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("folder", "save_every", "steps")}))
 
-def _resume(accelerator, folder, steps, settings):
+def _resume(accelerator, folder, steps, settings, schedules):
     "The step to go on from: 0, or that of the newest checkpoint, which is loaded. Raises `ValueError` if it is of another run."
     found = sorted(folder.glob("step-*")) if folder else []
     if not found: return 0
@@ -227,6 +227,7 @@ def _resume(accelerator, folder, steps, settings):
     if other: raise ValueError(f"{found[-1]} is of a run with another {other[0]}: choose another folder, or remove it")
     if step > steps: raise ValueError(f"{found[-1]} is beyond the {steps} steps asked for: choose another folder, or more steps")
     accelerator.load_state(str(found[-1]))
+    for s, state in zip(schedules, saved["schedules"], strict=True): s.load_state_dict(state)
     return step
 
 # %% ../nbs/07_sft.ipynb #00f24d77
@@ -247,7 +248,7 @@ def _log(folder, row):
 def _prepare(model, config):
     "Accelerator, optimiser and schedule; the model on its device and, for several processes, wrapped."
     AcceleratorState._reset_state()   # a second run in this process may have another precision
-    cuda = PartialState().device.type == "cuda"
+    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if config.attention == "flex" and not cuda: raise ValueError("attention='flex' needs a CUDA device: choose dense")
     if config.attention == "flex": model.set_attn_implementation("flex_attention")
     accelerator = Accelerator(mixed_precision=config.mixed_precision or ("bf16" if cuda else "no"))
@@ -266,9 +267,8 @@ def _train(model, config, one_step, on_step, name):
     accelerator, wrapped, optimizers, schedules = _prepare(model, config)
     main, folder = accelerator.is_main_process, Path(config.folder) if config.folder else None
     if folder: folder.mkdir(parents=True, exist_ok=True)
-    start, settings = _resume(accelerator, folder, config.steps, _settings(config)), _settings(config)
-    for _ in range(start):
-        for s in schedules: s.step()
+    settings = _settings(config)
+    start = _resume(accelerator, folder, config.steps, settings, schedules)
     log = _old_log(folder, start) if folder and main else []
     began = time.perf_counter() - (log[-1]["seconds"] if log else 0)
     bar = dict(initial=start, total=config.steps, desc=name, mininterval=1, **({} if main else {"disable": True}))
@@ -278,7 +278,7 @@ def _train(model, config, one_step, on_step, name):
         log.append({"step": step + 1, **row, "lr": schedules[0].get_last_lr()[0], "seconds": time.perf_counter() - began})
         if folder and main: _log(folder, log[-1])
         if on_step: on_step(step + 1, log[-1])
-        if folder and ((step + 1) % config.save_every == 0 or step + 1 == config.steps): _checkpoint(accelerator, folder, step + 1, settings)
+        if folder and ((step + 1) % config.save_every == 0 or step + 1 == config.steps): _checkpoint(accelerator, folder, step + 1, settings, schedules)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()   # off with mixed precision
     if config.attention == "flex": model.set_attn_implementation("sdpa")
     return log
