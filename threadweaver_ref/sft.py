@@ -278,7 +278,8 @@ def _train(model, config, one_step, on_step, name):
         log.append({"step": step + 1, **row, "lr": schedules[0].get_last_lr()[0], "seconds": time.perf_counter() - began})
         if folder and main: _log(folder, log[-1])
         if on_step: on_step(step + 1, log[-1])
-        if folder and ((step + 1) % config.save_every == 0 or step + 1 == config.steps): _checkpoint(accelerator, folder, step + 1, settings, schedules)
+        due = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+        if folder and due: _checkpoint(accelerator, folder, step + 1, settings, schedules)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()   # off with mixed precision
     if config.attention == "flex": model.set_attn_implementation("sdpa")
     return log
