@@ -11,6 +11,7 @@ __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_t
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import time
@@ -380,7 +381,9 @@ def _same_start(model, folder):
     if path.is_file() and path.read_text() != digest.hexdigest():
         raise ValueError(f"{folder} holds a run that started from other weights: remove it, or choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(digest.hexdigest())
+    part = path.with_suffix(f".{os.getpid()}")   # several processes may come here at once, and none may read half a file
+    part.write_text(digest.hexdigest())
+    part.replace(path)
 
 def get_recipe(name: str) -> Recipe:
     "The recipe of that name. Raises `ValueError` that names the known ones."
