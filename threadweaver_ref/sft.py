@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
            'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'wide', 'crowded',
-           'worded', 'narrow', 'Recipe', 'get_recipe', 'train_recipe']
+           'worded', 'rewired', 'narrow', 'Recipe', 'get_recipe', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -346,6 +346,10 @@ def worded(rng, step):
     if draw < .6: return training_problem(rng, ["gsm8k"], redraw=rng.random() < .5)
     return crowded(rng, step) if draw < .9 else curriculum(rng, 10 ** 6)
 
+def rewired(rng, step):
+    "Half of the problems are GSM8K's graphs with other edges, so that which steps are ready has to be read, and cannot be remembered."
+    return training_problem(rng, ["gsm8k"], rewire=True) if rng.random() < .5 else worded(rng, step)
+
 def narrow(rng, step):
     "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
     n = rng.randint(2, 24 if step > 300 else 9)
@@ -369,8 +373,10 @@ RECIPES = {
                                               autoregressive=0.1), hard_from=1000),
     "tiny-sft-second": Recipe("tiny-sft-first", SFTConfig(steps=1400, batch=12, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.3,
                                                    autoregressive=0.05, leaves=3), crowded),
-    "tiny-sft": Recipe("tiny-sft-second", SFTConfig(steps=1000, batch=18, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.35,
+    "tiny-sft-third": Recipe("tiny-sft-second", SFTConfig(steps=1000, batch=18, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.35,
                                                     autoregressive=0.05, leaves=3), worded),
+    "tiny-sft": Recipe("tiny-sft-third", SFTConfig(steps=800, batch=18, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.3,
+                                                   autoregressive=0.05, leaves=3), rewired),
     "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),

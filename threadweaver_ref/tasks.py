@@ -542,9 +542,30 @@ def _redraw(rng, problem):
     return _program(steps, "gsm8k", "")
 
 # %% ../nbs/02_tasks.ipynb #37d2bcfd
+def _rewire_step(rng, step, known):
+    "The step with other operands among the earlier steps; another operation where it would not come out whole and positive."
+    args = [rng.choice([*known]) if known and rng.random() < (.4 if isinstance(o, str) else .15) else o if isinstance(o, str) else max(1, _like(rng, o))
+            for o in step.operands]
+    for op in (step.op, "+", "-"):
+        try: value = _apply(op, [_value(o, known) for o in args])
+        except ValueError: continue
+        if 0 < value <= 99_999: return step.name, op, tuple(args)
+    return step.name, "+", (_number(rng, 2), _number(rng, 1))
+
+def _rewire(rng, problem):
+    "A graph of as many steps with some edges drawn anew; None if no two of its steps can run side by side."
+    known, steps = {}, []
+    for s in problem.graph.steps:
+        steps.append(_rewire_step(rng, s, known))
+        known[s.name] = _apply(steps[-1][1], [_value(o, known) for o in steps[-1][2]])
+    drawn = _program(steps, "gsm8k", "")
+    return drawn if len(levels(drawn.graph.steps)) < len(steps) else None
+
 @family
-def gsm8k(rng, split="train", redraw=True) -> Problem:
-    "The calculations of a GSM8K problem; `redraw` keeps its graph and draws other numbers."
+def gsm8k(rng, split="train", redraw=True, rewire=False) -> Problem:
+    "The calculations of a GSM8K problem; `redraw` keeps its graph and draws other numbers, `rewire` draws some edges anew and always leaves something to fork."
+    while rewire:
+        if drawn := _rewire(rng, rng.choice(gsm8k_graphs(split))): return drawn
     problem = rng.choice(gsm8k_graphs(split))
     if not redraw: return problem
     drawn = (_redraw(rng, problem) for _ in range(20))
