@@ -30,6 +30,7 @@ from threadweaver_ref.tasks import (
     family,
     from_json,
     get_family,
+    gsm8k,
     grade,
     gsm8k_graphs,
     gsm8k_steps,
@@ -577,6 +578,17 @@ def test_redrawn_problems_keep_their_graph():
     graph = lambda p: [(s.op, [o for o in s.operands if isinstance(o, str)]) for s in p.graph.steps]
     shapes = {str(graph(p)) for p in gsm8k_graphs("train")}
     for p in samples("gsm8k", 300, seed=5): assert str(graph(p)) in shapes
+
+
+def test_rewired_problems_leave_something_to_fork():
+    "New edges, whole numbers, as many steps as a GSM8K problem has; always two steps that are ready at once."
+    rng = random.Random(1)
+    drawn = [gsm8k(rng, rewire=True) for _ in range(300)]
+    sizes, shapes = {len(p.graph.steps) for p in gsm8k_graphs("train")}, {p.question for p in gsm8k_graphs("train")}
+    for p in drawn:
+        assert p.answer == p.graph.values()[p.graph.steps[-1].name] and len(p.graph.steps) in sizes and p.question not in shapes
+        assert max(map(len, levels(p.graph.steps))) > 1 and grade(render(trace(p)), p)
+    assert len({p.question for p in drawn}) > 290
 
 
 # ---- held out

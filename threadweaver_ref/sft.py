@@ -364,19 +364,17 @@ class Recipe:
     problems: Callable = curriculum   # a sampler f(rng, step)
     hard_from: int = 0   # the step of the curriculum that it starts at
 
+_FORK = SFTConfig(batch=18, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.3, autoregressive=0.05, leaves=3)
 _MERGE = SFTConfig(steps=400, batch=10, micro_tokens=1024, lr=2e-3, optimizer="muon", fork="nested", sequential=.2, autoregressive=0.0, leaves=6)
 
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=3500, batch=16, micro_tokens=1024, lr=5e-3, optimizer="muon", warmup=0.02, sequential=1.0,
                                           autoregressive=0.0, fork=False)),
-    "tiny-sft-first": Recipe("tiny-base", SFTConfig(steps=2200, batch=12, micro_tokens=1024, lr=3e-3, optimizer="muon", warmup=0.02, sequential=0.35,
-                                              autoregressive=0.1), hard_from=1000),
-    "tiny-sft-second": Recipe("tiny-sft-first", SFTConfig(steps=1400, batch=12, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.3,
-                                                   autoregressive=0.05, leaves=3), crowded),
-    "tiny-sft-third": Recipe("tiny-sft-second", SFTConfig(steps=1000, batch=18, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.35,
-                                                    autoregressive=0.05, leaves=3), worded),
-    "tiny-sft": Recipe("tiny-sft-third", SFTConfig(steps=800, batch=18, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.3,
-                                                   autoregressive=0.05, leaves=3), rewired),
+    "tiny-sft-first": Recipe("tiny-base", replace(_FORK, steps=2200, batch=12, lr=3e-3, sequential=0.35, autoregressive=0.1, leaves=None),
+                             hard_from=1000),
+    "tiny-sft-second": Recipe("tiny-sft-first", replace(_FORK, steps=1400, batch=12), crowded),
+    "tiny-sft-third": Recipe("tiny-sft-second", replace(_FORK, steps=1000, sequential=0.35), worded),
+    "tiny-sft": Recipe("tiny-sft-third", replace(_FORK, steps=800), rewired),
     "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),

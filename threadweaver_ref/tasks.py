@@ -542,10 +542,14 @@ def _redraw(rng, problem):
     return _program(steps, "gsm8k", "")
 
 # %% ../nbs/02_tasks.ipynb #37d2bcfd
+def _rewire_operand(rng, o, known):
+    "Now and then an earlier step's name; otherwise the operand, if a name, or a number like it."
+    if known and rng.random() < (.4 if isinstance(o, str) else .15): return rng.choice([*known])
+    return o if isinstance(o, str) else max(1, _like(rng, o))
+
 def _rewire_step(rng, step, known):
     "The step with other operands among the earlier steps; another operation where it would not come out whole and positive."
-    args = [rng.choice([*known]) if known and rng.random() < (.4 if isinstance(o, str) else .15) else o if isinstance(o, str) else max(1, _like(rng, o))
-            for o in step.operands]
+    args = [_rewire_operand(rng, o, known) for o in step.operands]
     for op in (step.op, "+", "-"):
         try: value = _apply(op, [_value(o, known) for o in args])
         except ValueError: continue
@@ -563,7 +567,7 @@ def _rewire(rng, problem):
 
 @family
 def gsm8k(rng, split="train", redraw=True, rewire=False) -> Problem:
-    "The calculations of a GSM8K problem; `redraw` keeps its graph and draws other numbers, `rewire` draws some edges anew and always leaves something to fork."
+    "The calculations of a GSM8K problem. `redraw`: its graph with other numbers; `rewire`: some edges drawn anew, too, and something left to fork."
     while rewire:
         if drawn := _rewire(rng, rng.choice(gsm8k_graphs(split))): return drawn
     problem = rng.choice(gsm8k_graphs(split))

@@ -1,0 +1,255 @@
+"""P-GRPO: against slow implementations and TRL; its training loop in one and two processes, stopped and resumed."""
+import copy
+import functools
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import TOKENIZERS, random_trajectory, tiny
+
+from threadweaver_ref.decode import DecodeConfig, generate
+from threadweaver_ref.forkjoin import Limits, replay, units
+from threadweaver_ref.model import add_lora, merge_lora
+from threadweaver_ref.policy import (PGRPOConfig, StepCost, decoding_copy, eta, group_advantages, latency_reward, load, pgrpo_loss, reward, roll_out,
+                                     score_group, self_train, train_pgrpo)
+from threadweaver_ref.sft import SFTConfig
+from threadweaver_ref.tasks import sum_of_products
+from threadweaver_ref.tokens import encode_prompt
+from threadweaver_ref.tree import SpanTree, collate, tree_logprobs
+
+PROBLEM = sum_of_products([(2, 3), (4, 5)])
+SHORT = Limits(max_tokens=40, max_thread_tokens=12)
+
+
+def stand_in(text, latency, total): return SimpleNamespace(text=text, token_latency=latency, total_tokens=total)
+
+
+@pytest.mark.parametrize("latency, total, expected", [(100, 100, 1.0), (90, 100, 1.05), (60, 100, 1.2), (20, 100, 1.2), (80, 100, 1.1)])
+def test_reward_by_hand(latency, total, expected):
+    "Equation 7 as written: min(rho * eta, clip), neither rho * min(eta, clip) nor a ratio less one."
+    assert reward(stand_in("\\boxed{26}", latency, total), PROBLEM) == pytest.approx(expected)
+    assert reward(stand_in("\\boxed{27}", latency, total), PROBLEM) == 0
+    assert reward(stand_in("\\boxed{27}", latency, total), PROBLEM, incorrect=-1) == -1
+
+
+def test_eta_counts_no_prompt():
+    "It is made from the rollout's own counts, which leave the prompt out; an empty rollout has none."
+    assert eta(stand_in("", 30, 40)) == 0.25 and eta(stand_in("", 0, 0)) == 0
+
+
+def test_advantages_against_a_loop():
+    rng = random.Random(0)
+    rewards = [[rng.random() for _ in range(5)] for _ in range(4)]
+    expected = [[r - sum(row) / 5 for r in row] for row in rewards]
+    assert torch.allclose(group_advantages(rewards), torch.tensor(expected, dtype=torch.float64))
+    deviations = [(sum(a * a for a in row) / 4) ** .5 for row in expected]
+    by_std = [[a / (d + 1e-4) for a in row] for row, d in zip(expected, deviations)]
+    assert torch.allclose(group_advantages(rewards, "std"), torch.tensor(by_std, dtype=torch.float64))
+    before = torch.tensor(rewards)
+    kept = before.clone()
+    group_advantages(before, "std")
+    assert torch.equal(before, kept)   # nothing is overwritten
+
+
+BAD = [(dict(group=1), "at least 2"), (dict(temperature=0.0), "above 0"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
+       (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(tensorboard=True), "folder"),
+       (dict(optimizer="sgd"), "adamw or muon")]
+
+@pytest.mark.parametrize("bad, message", BAD)
+def test_bad_settings(bad, message):
+    with pytest.raises(ValueError, match=message): PGRPOConfig(**bad)
+
+
+def test_bad_shapes():
+    with pytest.raises(ValueError, match="at least 2 rollouts"): group_advantages([[1.0], [2.0]])
+    with pytest.raises(ValueError, match="choose mean or std"): group_advantages([[1.0, 2.0]], "max")
+    with pytest.raises(ValueError, match="advantages for"): pgrpo_loss(torch.zeros(3), [1.0, 2.0])
+
+
+def slow_loss(model, tokenizer, rollouts, advantages):
+    "Equation 4 unit by unit: every completion scored by the plain causal model behind its own context."
+    total, count = 0, 0
+    for (trajectory, prompt), advantage in zip(rollouts, advantages):
+        for context, completion in units(trajectory, prompt, tokenizer):
+            logits = model(torch.tensor([context + completion]), use_cache=False).logits[0].log_softmax(-1)
+            for k, token in enumerate(completion): total = total + advantage * logits[len(context) + k - 1, token]
+            count += len(completion)
+    return -total / count
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("arch", ("Qwen3", "Llama"))
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_loss_and_gradients_against_units(arch, name):
+    "Forked rollouts: the packed loss is that of the slow one, and so are its gradients, to 1e-5."
+    tokenizer = TOKENIZERS[name]()
+    model, rng = tiny(arch, tokenizer), random.Random(3)
+    rollouts = [(random_trajectory(rng), encode_prompt(tokenizer, "12*3?")) for _ in range(4)]
+    advantages = [.5, -.25, 1.0, -.75]
+    packed = [replay(t, p, tokenizer).pack() for t, p in rollouts]
+    logprobs = tree_logprobs(model, collate(packed))
+    fast = pgrpo_loss(logprobs, advantages, [int(p.sampled.sum()) for p in packed])
+    slow = slow_loss(model, tokenizer, rollouts, advantages)
+    assert fast.item() == pytest.approx(slow.item(), abs=1e-5)
+    assert torch.allclose(gradients(model, fast), gradients(model, slow), atol=1e-5)
+
+
+def test_loss_in_parts():
+    "A batch cut in two, each part over the tokens of the whole, gives the loss of the batch, not a mean of means."
+    logprobs, advantages = torch.randn(10), [.5, -1.0, 2.0]
+    whole = pgrpo_loss(logprobs, advantages, [2, 3, 5])
+    parts = pgrpo_loss(logprobs[:2], advantages[:1], [2], count=10) + pgrpo_loss(logprobs[2:], advantages[1:], [3, 5], count=10)
+    assert torch.allclose(whole, parts)
+
+
+def test_latency_reward_by_hand():
+    group = [stand_in("\\boxed{26}", 100, 100), stand_in("\\boxed{26}", 50, 90), stand_in("\\boxed{1}", 10, 10)]
+    assert score_group(latency_reward, group, PROBLEM) == pytest.approx([1 - .5 / 3, 1 + .5 / 3, 0])
+    assert score_group(functools.partial(latency_reward, rho=5.0), group, PROBLEM) == pytest.approx([.8, 1.2, 0])
+    assert score_group(reward, group, PROBLEM) == pytest.approx([1, 1.2, 0])
+    assert score_group(latency_reward, group[2:], PROBLEM) == [0]
+
+
+def test_load_by_hand():
+    "Two threads side by side behind a trunk of three tokens; the first token of a branch comes with the pass that reads."
+    lines = [SimpleNamespace(start=0, end=2, forced=5), SimpleNamespace(start=2, end=4, forced=4), SimpleNamespace(start=2, end=3, forced=0),
+             SimpleNamespace(start=4, end=5, forced=6)]
+    steps, reads = load(SimpleNamespace(timeline=lines))
+    assert [live for live, _ in steps] == [1, 1, 2, 1, 1] and reads == [5, 4, 6]
+    assert [slots for _, slots in steps] == [6, 11, 13, 20, 21]
+    assert StepCost(1, .1, .01, 10, .5).seconds(SimpleNamespace(timeline=lines)) == pytest.approx(5 + .6 + .01 * (6 + 11 + 26 + 20 + 21) + 30 + 7.5)
+
+
+@functools.cache
+def learner():
+    tokenizer = TOKENIZERS["char"]()
+    return tiny("Qwen3", tokenizer, initializer_range=.1), tokenizer
+
+
+def lively(rollout, problem): return (len(rollout.text) % 7) / 7 + rollout.text.count("1")   # differs among rollouts of random weights
+
+
+def test_rollouts_do_not_depend_on_who_decodes_them():
+    "Two shares, decoded apart, are the rollouts of one process."
+    (model, tokenizer), config = learner(), PGRPOConfig(batch=2, group=3, limits=SHORT)
+    problems = [PROBLEM, sum_of_products([(7, 8)])]
+    whole = roll_out(model, tokenizer, problems, config, 5)
+    shares = [roll_out(model, tokenizer, problems, config, 5, k, 2) for k in (0, 1)]
+    together = [shares[i % 2][i // 2] for i in range(6)]
+    assert [r.text for r in together] == [r.text for r in whole] and len({r.text for r in whole}) > 2
+
+
+def test_decoding_copy_gives_the_same_logits():
+    model, tokenizer = learner()
+    adapted = add_lora(copy.deepcopy(model))
+    with torch.no_grad():
+        for n, p in adapted.named_parameters():
+            if "lora_B" in n: p.normal_(0, .02, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([encode_prompt(tokenizer, "12*3+4*5?")])
+    before = adapted(ids).logits
+    assert (decoding_copy(adapted)(ids).logits - before).abs().max() < 1e-4
+    assert (merge_lora(copy.deepcopy(adapted))(ids).logits - before).abs().max() < 1e-4
+    assert torch.equal(adapted(ids).logits, before) and (model(ids).logits - before).abs().max() > 1e-3
+
+
+def run(folder=None, steps=4, **options):
+    model, tokenizer = learner()
+    torch.manual_seed(0)
+    adapted = add_lora(copy.deepcopy(model), r=4)
+    config = PGRPOConfig(**{**dict(steps=4, batch=2, group=4, limits=SHORT, lr=1e-2, save_every=2, folder=folder), **options})
+    stop = lambda step, row: (_ for _ in ()).throw(KeyboardInterrupt) if step == steps and steps < 4 else None
+    log = train_pgrpo(adapted, tokenizer, [PROBLEM, sum_of_products([(7, 8)]), sum_of_products([(1, 9)])], config, lively, on_step=stop)
+    return adapted, log
+
+
+def adapters(model): return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_stopped_and_resumed_is_uninterrupted(tmp_path):
+    whole, log = run()
+    with pytest.raises(KeyboardInterrupt): run(str(tmp_path), steps=3)
+    resumed, again = run(str(tmp_path))
+    assert torch.allclose(adapters(whole), adapters(resumed), atol=1e-6)
+    assert [r["reward"] for r in log] == pytest.approx([r["reward"] for r in again]) and log[0]["grad_norm"] > 0
+
+
+def test_a_reward_is_learned():
+    "Rollouts that write a certain character earn more: after a few steps it is written more often."
+    model, tokenizer = learner()
+    adapted = copy.deepcopy(model)
+    config = PGRPOConfig(steps=40, batch=1, group=16, limits=Limits(max_tokens=10), lr=5e-3)
+    likes = lambda rollout, problem: float(rollout.text.count("7"))
+    log = train_pgrpo(adapted, tokenizer, [PROBLEM], config, likes)
+    before, after = (sum(r["reward"] for r in rows) / 5 for rows in (log[:5], log[-5:]))
+    assert before < 1 and after > 2
+
+
+def test_all_alike_changes_nothing():
+    "Groups whose rollouts all earn the same leave the weights as they are."
+    model, tokenizer = learner()
+    adapted = copy.deepcopy(model)
+    log = train_pgrpo(adapted, tokenizer, [PROBLEM], PGRPOConfig(steps=1, batch=1, group=2, limits=SHORT), lambda r, p: 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), adapted.parameters())) and log[0]["used"] == 0
+
+
+def test_self_training_keeps_what_is_right():
+    model, tokenizer = learner()
+    with pytest.raises(ValueError, match="none of 2 rollouts"):
+        self_train(copy.deepcopy(model), tokenizer, [PROBLEM] * 2, SFTConfig(batch=2), DecodeConfig(temperature=1.0, limits=SHORT))
+
+
+def test_empty_list():
+    model, tokenizer = learner()
+    with pytest.raises(ValueError, match="empty"): train_pgrpo(model, tokenizer, [], PGRPOConfig(steps=1))
+
+
+def test_sequential_baseline_never_forks():
+    model, tokenizer = learner()
+    rollouts = roll_out(model, tokenizer, [PROBLEM], PGRPOConfig(group=4, mode="sequential", limits=SHORT))
+    assert all(r.forks == 0 for r in rollouts) and generate(model, tokenizer, [PROBLEM.question], DecodeConfig(limits=SHORT))
+
+
+def trl_loss(loss_type, model, tokenizer, rows, advantages, tmp_path):
+    "What TRL's GRPO trainer makes of (prompt ids, completion ids) and advantages: no scaling of rewards, no KL."
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+    args = GRPOConfig(output_dir=str(tmp_path), loss_type=loss_type, scale_rewards="none", beta=0.0, use_cpu=True, report_to="none", bf16=False,
+                      num_generations=len(rows), per_device_train_batch_size=len(rows), gradient_accumulation_steps=1, gradient_checkpointing=False)
+    trainer = GRPOTrainer(model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=args, processing_class=tokenizer,
+                          train_dataset=Dataset.from_list([{"prompt": "1"}] * len(rows)))
+    trainer.current_gradient_accumulation_steps = 1
+    width = lambda k: max(len(r[k]) for r in rows)
+    pad = lambda ids, n, left: [0] * (n - len(ids)) * left + ids + [0] * (n - len(ids)) * (not left)
+    inputs = {"advantages": torch.tensor(advantages), "num_items_in_batch": torch.tensor(sum(len(c) for _, c in rows))}
+    for k, (name, left) in enumerate((("prompt", True), ("completion", False))):
+        inputs[f"{name}_ids"] = torch.tensor([pad(r[k], width(k), left) for r in rows])
+        inputs[f"{name}_mask"] = torch.tensor([pad([1] * len(r[k]), width(k), left) for r in rows])
+    return trainer._compute_loss(model.train(), inputs)
+
+
+@pytest.mark.parametrize("loss_type", ("dapo", "cispo"))
+def test_loss_and_gradients_against_trl(loss_type, tmp_path):
+    """Rollouts without forks. TRL's `dapo` writes the loss as ratio times advantage, whose gradient is ours and whose value is not;
+    its `cispo`, on-policy, is the same loss with the logarithm in it, so there the values agree too."""
+    tokenizer, rng = TOKENIZERS["char"](), random.Random(1)
+    model = tiny("Qwen3", tokenizer)
+    letters = encode_prompt(tokenizer, "0123456789+*=;")
+    rows = [(rng.choices(letters, k=rng.randint(3, 9)), rng.choices(letters, k=rng.randint(4, 20))) for _ in range(6)]
+    advantages = [rng.uniform(-1, 1) for _ in rows]
+    theirs = trl_loss(loss_type, model, tokenizer, rows, advantages, tmp_path)
+    their_gradients = gradients(model, theirs)
+    packed = []
+    for prompt, completion in rows:
+        tree = SpanTree()
+        tree.add(completion, [tree.add(prompt, [], sampled=False)], sampled=True)
+        packed.append(tree.pack())
+    ours = pgrpo_loss(tree_logprobs(model, collate(packed)), advantages, [len(c) for _, c in rows])
+    if loss_type == "cispo": assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert torch.allclose(gradients(model, ours), their_gradients, atol=1e-5) and their_gradients.abs().max() > 1e-3
