@@ -221,6 +221,7 @@ def trl_loss(loss_type, model, tokenizer, rows, advantages, tmp_path):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     args = GRPOConfig(output_dir=str(tmp_path), loss_type=loss_type, scale_rewards="none", beta=0.0, use_cpu=True, report_to="none", bf16=False,
+                      epsilon_high=5.0,   # `cispo` caps the ratio, 1 here, at this
                       num_generations=len(rows), per_device_train_batch_size=len(rows), gradient_accumulation_steps=1, gradient_checkpointing=False)
     trainer = GRPOTrainer(model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=args, processing_class=tokenizer,
                           train_dataset=Dataset.from_list([{"prompt": "1"}] * len(rows)))
