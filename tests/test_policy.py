@@ -254,3 +254,11 @@ def test_loss_and_gradients_against_trl(loss_type, tmp_path):
     ours = pgrpo_loss(tree_logprobs(model, collate(packed)), advantages, [len(c) for _, c in rows])
     if loss_type == "cispo": assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
     assert torch.allclose(gradients(model, ours), their_gradients, atol=1e-5) and their_gradients.abs().max() > 1e-3
+
+
+def test_a_run_goes_on_with_its_own_reward_only(tmp_path):
+    run(str(tmp_path), lr=1e-3)
+    model, tokenizer = learner()
+    config = PGRPOConfig(steps=6, batch=2, group=4, limits=SHORT, lr=1e-3, save_every=2, folder=str(tmp_path))
+    with pytest.raises(ValueError, match="another reward"):
+        train_pgrpo(add_lora(copy.deepcopy(model), r=4), tokenizer, [PROBLEM], config, functools.partial(latency_reward, rho=1.0))

@@ -289,11 +289,13 @@ def test_recipes(tmp_path):
     assert len(log) == 1 and (tmp_path / "tiny-base" / "step-000001").is_dir()
     (tmp_path / "tiny-base" / "start.txt").write_text("of other weights")
     with pytest.raises(ValueError, match="started from other weights"): train_recipe("tiny-base", runs=tmp_path, steps=1, batch=2)
-    _, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)   # its first stage comes first
+    _, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)   # its earlier stages come first
     assert (tmp_path / "tiny-sft-first" / "step-000001").is_dir() and (tmp_path / "tiny-sft" / "step-000001").is_dir()
     assert log[0]["loss"] < 3   # it starts from tiny-base: random weights give about ln 151 = 5.0
     assert RECIPES["tiny-sft-random"].config.fork == "random"
-    assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in ("first", "random", "wide", "nested", "result", "kv")), "tiny-window"}
+    stages, others = ("first", "second", "third", "fourth"), ("random", "wide", "nested", "result", "kv")
+    assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in stages + others), "tiny-window"}
+    assert all((tmp_path / f"tiny-sft-{n}" / "step-000001").is_dir() for n in stages)
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"tiny-base", "tiny-sft-first"}))

@@ -98,6 +98,11 @@ def decoding_copy(model):
     "The model to decode with: adapters merged into a copy, or the model itself if it has none."
     return merge_lora(copy.deepcopy(model)) if isinstance(model, PeftModel) else model
 
+def _describe(f):
+    "A reward's name, with its options if it is a `functools.partial`."
+    if not isinstance(f, functools.partial): return getattr(f, "__qualname__", type(f).__name__)
+    return f"{_describe(f.func)}({', '.join(f'{k}={_describe(v) if callable(v) else v}' for k, v in sorted(f.keywords.items()))})"
+
 def score_group(reward, rollouts, problem) -> list:
     "Rewards of one problem's rollouts, by a function of (rollout, problem) or, if it is marked by `of_group`, of (rollouts, problem)."
     if getattr(getattr(reward, "func", reward), "of_group", False): return list(reward(rollouts, problem))
@@ -230,7 +235,7 @@ def train_pgrpo(
         write(step, row)
         if on_step: on_step(step, row)
 
-    return _train(model, config, one_step, report, "P-GRPO")
+    return _train(model, config, one_step, report, "P-GRPO", {"reward": _describe(reward)})
 
 # %% ../nbs/09_policy.ipynb #7e9dedbd
 def decisions(rng, step):

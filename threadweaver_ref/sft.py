@@ -263,12 +263,14 @@ def _prepare(model, config):
     return accelerator, wrapped, optimizers, schedules
 
 # %% ../nbs/07_sft.ipynb #c08aa9b0
-def _train(model, config, one_step, on_step, name):
-    "The loop: steps with a log, checkpoints and exact resume. `one_step(step, model, optimizers, accelerator)` gives a row of the log."
+def _train(model, config, one_step, on_step, name, also=()):
+    """The loop: steps with a log, checkpoints and exact resume. `one_step(step, model, optimizers, accelerator)` gives a row of the log.
+
+    `also`: what else, as pairs of plain data, must be the same for a run to go on."""
     accelerator, wrapped, optimizers, schedules = _prepare(model, config)
     main, folder = accelerator.is_main_process, Path(config.folder) if config.folder else None
     if folder: folder.mkdir(parents=True, exist_ok=True)
-    settings = _settings(config)
+    settings = {**_settings(config), **dict(also)}
     start = _resume(accelerator, folder, config.steps, settings, schedules)
     log = _old_log(folder, start) if folder and main else []
     began = time.perf_counter() - (log[-1]["seconds"] if log else 0)
