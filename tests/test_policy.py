@@ -1,18 +1,27 @@
 """P-GRPO: against slow implementations and TRL; its training loop in one and two processes, stopped and resumed."""
 import copy
 import functools
+import os
 import random
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import TOKENIZERS, random_trajectory, tiny
+from transformers import AutoModelForCausalLM
 
+from threadweaver_ref import cli
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits, replay, units
-from threadweaver_ref.model import add_lora, merge_lora
-from threadweaver_ref.policy import (PGRPOConfig, StepCost, decoding_copy, eta, group_advantages, latency_reward, load, pgrpo_loss, reward, roll_out,
+from threadweaver_ref.model import add_lora, load_policy, merge_lora
+from threadweaver_ref.policy import (PGRPO_RECIPES, PGRPOConfig, decoding_copy, eta, group_advantages, latency_reward, pgrpo_loss, reward, roll_out,
                                      score_group, self_train, train_pgrpo)
+from threadweaver_ref.seconds import StepCost, load
 from threadweaver_ref.sft import SFTConfig
 from threadweaver_ref.tasks import sum_of_products
 from threadweaver_ref.tokens import encode_prompt
@@ -262,3 +271,46 @@ def test_a_run_goes_on_with_its_own_reward_only(tmp_path):
     config = PGRPOConfig(steps=6, batch=2, group=4, limits=SHORT, lr=1e-3, save_every=2, folder=str(tmp_path))
     with pytest.raises(ValueError, match="another reward"):
         train_pgrpo(add_lora(copy.deepcopy(model), r=4), tokenizer, [PROBLEM], config, functools.partial(latency_reward, rho=1.0))
+
+
+def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
+    "`threadweaver-ref train tiny-rl`: two folders, with the same logits; the merged one needs no peft."
+    config = PGRPOConfig(steps=1, batch=1, group=2, limits=SHORT, lr=1e-2)
+    monkeypatch.setitem(PGRPO_RECIPES, "tiny-rl", replace(PGRPO_RECIPES["tiny-rl"], start="tiny-sft", config=config, reward=lively))
+    monkeypatch.setattr(sys, "argv", ["threadweaver-ref", "train", "tiny-rl", "--out", str(tmp_path / "rl"), "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as stop: cli.main()
+    assert not stop.value.code and (tmp_path / "rl" / "adapter_config.json").is_file() and not (tmp_path / "rl" / "config.json").exists()
+    adapted, tokenizer = load_policy("tiny-sft", adapter=tmp_path / "rl", device="cpu")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "rl-merged")
+    ids = torch.tensor([encode_prompt(tokenizer, PROBLEM.question)])
+    with torch.no_grad(): assert (adapted(ids).logits - merged(ids).logits).abs().max() < 1e-4
+
+
+PROCESS = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from test_policy import adapters, run, torch
+    torch.set_num_threads(1)
+    model, log = run(sys.argv[1])
+    torch.save([adapters(model), [r["reward"] for r in log]], sys.argv[1] + f"/{{torch.distributed.get_rank()}}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_update(tmp_path):
+    "Two gloo processes on the CPU share rollouts and update; the weights are those of one process."
+    (tmp_path / "process.py").write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent))))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618", str(tmp_path / "process.py"), str(tmp_path)]
+    subprocess.run(launch, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    model, log = run()
+    for rank in (0, 1):
+        weights, rewards = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(weights, adapters(model), atol=1e-5) and rewards == pytest.approx([r["reward"] for r in log])
+
+
+def test_tensorboard(tmp_path):
+    "Rewards and losses of every step can be read back from its files."
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    _, log = run(str(tmp_path), tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [e.value for e in events.Scalars("reward")] == pytest.approx([r["reward"] for r in log])

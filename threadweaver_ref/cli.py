@@ -161,14 +161,20 @@ def train(
     "Train a shipped policy again."
     from accelerate import PartialState
 
-    from threadweaver_ref.model import save_policy
-    from threadweaver_ref.sft import get_recipe, train_recipe
-    get_recipe(name)   # a wrong name is refused once, not by every process
+    from threadweaver_ref.model import merge_lora, save_policy
+    from threadweaver_ref.policy import PGRPO_RECIPES, train_pgrpo_recipe
+    from threadweaver_ref.sft import RECIPES, train_recipe
+    recipes = {**dict.fromkeys(RECIPES, train_recipe), **dict.fromkeys(PGRPO_RECIPES, train_pgrpo_recipe)}
+    if name not in recipes: raise ValueError(f"unknown recipe {name!r}: choose one of {', '.join(recipes)}")   # once, not by every process
     if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
-    model, tokenizer, _ = train_recipe(name, runs, **({"steps": steps} if steps else {}))
+    model, tokenizer, _ = recipes[name](name, runs, **({"steps": steps} if steps else {}))
     if not PartialState().is_main_process: return
-    save_policy(model, tokenizer, out or runs / name / "policy")
-    typer.echo(f"saved {out or runs / name / 'policy'}")
+    folders = [out or runs / name / "policy"]
+    save_policy(model, tokenizer, folders[0])
+    if name in PGRPO_RECIPES:   # the first folder holds the adapter alone
+        folders.append(folders[0].with_name(folders[0].name + "-merged"))
+        save_policy(merge_lora(model), tokenizer, folders[1])
+    typer.echo(f"saved {' and '.join(map(str, folders))}")
 
 
 def _in_processes(n):
