@@ -19,11 +19,24 @@ from threadweaver_ref import cli
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits, replay, units
 from threadweaver_ref.model import add_lora, load_policy, merge_lora
-from threadweaver_ref.policy import (PGRPO_RECIPES, PGRPOConfig, decoding_copy, eta, group_advantages, latency_reward, pgrpo_loss, reward, roll_out,
-                                     score_group, self_train, train_pgrpo)
-from threadweaver_ref.seconds import StepCost, load
+from threadweaver_ref.policy import (
+    PGRPO_RECIPES,
+    PGRPOConfig,
+    behaviour,
+    decoding_copy,
+    eta,
+    group_advantages,
+    latency_reward,
+    pgrpo_loss,
+    reward,
+    roll_out,
+    score_group,
+    self_train,
+    train_pgrpo,
+)
+from threadweaver_ref.seconds import StepCost
 from threadweaver_ref.sft import SFTConfig
-from threadweaver_ref.tasks import sum_of_products
+from threadweaver_ref.tasks import chain, oracle, sum_of_products
 from threadweaver_ref.tokens import encode_prompt
 from threadweaver_ref.tree import SpanTree, collate, tree_logprobs
 
@@ -61,7 +74,7 @@ def test_advantages_against_a_loop():
     assert torch.equal(before, kept)   # nothing is overwritten
 
 
-BAD = [(dict(group=1), "at least 2"), (dict(temperature=0.0), "above 0"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
+BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
        (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(tensorboard=True), "folder"),
        (dict(optimizer="sgd"), "adamw or muon")]
 
@@ -117,6 +130,21 @@ def test_loss_in_parts():
     assert torch.allclose(whole, parts)
 
 
+def test_banned_ids_have_no_share():
+    "In sequential mode `<Parallel>` cannot be drawn: the probabilities of all others add up to 1."
+    model, tokenizer = learner()
+    banned, trees = tokenizer.convert_tokens_to_ids("<Parallel>"), []
+    for i in range(len(tokenizer)):
+        tree = SpanTree()
+        tree.add([i], [tree.add(encode_prompt(tokenizer, "7?"), [], sampled=False)], sampled=True)
+        trees.append(tree.pack())
+    with torch.no_grad(): logprobs = tree_logprobs(model, collate(trees), [banned])
+    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5) and logprobs[banned] == -torch.inf
+    with torch.no_grad(): free = tree_logprobs(model, collate(trees))
+    others = torch.arange(len(tokenizer)) != banned
+    assert torch.allclose(free[others] - torch.log1p(-free[banned].exp()), logprobs[others], atol=1e-5)
+
+
 def test_latency_reward_by_hand():
     group = [stand_in("\\boxed{26}", 100, 100), stand_in("\\boxed{26}", 50, 90), stand_in("\\boxed{1}", 10, 10)]
     assert score_group(latency_reward, group, PROBLEM) == pytest.approx([1 - .5 / 3, 1 + .5 / 3, 0])
@@ -125,14 +153,21 @@ def test_latency_reward_by_hand():
     assert score_group(latency_reward, group[2:], PROBLEM) == [0]
 
 
-def test_load_by_hand():
-    "Two threads side by side behind a trunk of three tokens; the first token of a branch comes with the pass that reads."
-    lines = [SimpleNamespace(start=0, end=2, forced=5), SimpleNamespace(start=2, end=4, forced=4), SimpleNamespace(start=2, end=3, forced=0),
-             SimpleNamespace(start=4, end=5, forced=6)]
-    steps, reads = load(SimpleNamespace(timeline=lines))
-    assert [live for live, _ in steps] == [1, 1, 2, 1, 1] and reads == [5, 4, 6]
-    assert [slots for _, slots in steps] == [6, 11, 13, 20, 21]
-    assert StepCost(1, .1, .01, 10, .5).seconds(SimpleNamespace(timeline=lines)) == pytest.approx(5 + .6 + .01 * (6 + 11 + 26 + 20 + 21) + 30 + 7.5)
+def test_seconds_by_hand():
+    "Two steps of one branch, one of two; two passes that read 5 and 4 tokens."
+    rollout = SimpleNamespace(load=[(1, 6), (2, 9), (1, 20)], timeline=[SimpleNamespace(forced=n) for n in (5, 4, 0)])
+    assert StepCost(1, .1, .01, 10, .5).seconds(rollout) == pytest.approx(3 + .4 + .01 * (6 + 18 + 20) + 20 + 4.5)
+
+
+@pytest.mark.parametrize("join", ("concat", "result", "kv"))
+def test_load_of_real_rollouts(join):
+    "What a decoder notes of each step: live branches as on the timeline, at most as many slots as were in use at the peak."
+    model, tokenizer = load_policy("tiny-sft", device="cpu")
+    for r in generate(model, tokenizer, ["12*3+4*5?", "347*6+58*9+21*74?", "7*8?"], DecodeConfig(join=join)):
+        assert len(r.load) == r.decode_steps - 1 and max(slots for _, slots in r.load) == r.peak_slots
+        lines = [(i.start, i.end) for i in r.timeline]
+        first = min(start for start, _ in lines)
+        assert [live for live, _ in r.load] == [sum(start < t <= end for start, end in lines) for t in range(first + 1, first + r.decode_steps)]
 
 
 @functools.cache
@@ -167,13 +202,15 @@ def test_decoding_copy_gives_the_same_logits():
     assert torch.equal(adapted(ids).logits, before) and (model(ids).logits - before).abs().max() > 1e-3
 
 
-def run(folder=None, steps=4, **options):
+def run(folder=None, steps=4, own=False, **options):
+    "A short run, stopped after `steps`; `own`: with a reward that only the first process gives as it should be."
     model, tokenizer = learner()
     torch.manual_seed(0)
     adapted = add_lora(copy.deepcopy(model), r=4)
     config = PGRPOConfig(**{**dict(steps=4, batch=2, group=4, limits=SHORT, lr=1e-2, save_every=2, folder=folder), **options})
+    reward = (lambda r, p: lively(r, p) + int(os.environ["RANK"]) * random.random()) if own else lively
     stop = lambda step, row: (_ for _ in ()).throw(KeyboardInterrupt) if step == steps and steps < 4 else None
-    log = train_pgrpo(adapted, tokenizer, [PROBLEM, sum_of_products([(7, 8)]), sum_of_products([(1, 9)])], config, lively, on_step=stop)
+    log = train_pgrpo(adapted, tokenizer, [PROBLEM, sum_of_products([(7, 8)]), sum_of_products([(1, 9)])], config, reward, on_step=stop)
     return adapted, log
 
 
@@ -205,6 +242,37 @@ def test_all_alike_changes_nothing():
     adapted = copy.deepcopy(model)
     log = train_pgrpo(adapted, tokenizer, [PROBLEM], PGRPOConfig(steps=1, batch=1, group=2, limits=SHORT), lambda r, p: 0.3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), adapted.parameters())) and log[0]["used"] == 0
+
+
+def test_muon_trains_adapters_too():
+    adapted, log = run(optimizer="muon", lr=1e-2)
+    start, _ = run(steps=4, lr=1e-9)
+    assert log[0]["grad_norm"] > 0 and not torch.allclose(adapters(adapted), adapters(start))
+
+
+def test_the_base_stays_as_it_was():
+    model, _ = learner()
+    before = [p.clone() for p in model.parameters()]
+    adapted, _ = run()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not adapted.training
+    base = [p for n, p in adapted.named_parameters() if "lora" not in n]
+    assert len(base) == len(before) and all(torch.equal(a, b) for a, b in zip(before, base))
+
+
+def test_a_reward_that_is_no_number():
+    model, tokenizer = learner()
+    with pytest.raises(ValueError, match="no finite number"):
+        train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], PGRPOConfig(steps=1, batch=1, group=2, limits=SHORT), lambda r, p: float("nan"))
+
+
+def test_behaviour_by_hand():
+    "Right, forked, and forked where it pays and where it cannot, of three made-up rollouts."
+    pays, never = sum_of_products([(347, 689), (589, 973), (218, 746)]), chain(random.Random(0))
+    say = lambda p, forks, latency, right=True: SimpleNamespace(
+        text=f"\\boxed{{{p.answer + (not right)}}}", forks=forks, token_latency=latency, total_tokens=latency, well_formed=True)
+    did = behaviour([say(pays, 1, oracle(pays).best), say(never, 0, oracle(never).best), say(never, 1, 999, False)], [pays, never, never])
+    assert did["accuracy"] == pytest.approx(2 / 3) and did["fork_rate"] == pytest.approx(2 / 3) and did["share_of_possible"] == pytest.approx(1)
+    assert did["fork_rate_pays"] == 1 and did["fork_rate_never"] == .5
 
 
 def test_self_training_keeps_what_is_right():
@@ -291,7 +359,7 @@ PROCESS = """
     sys.path.insert(0, {tests!r})
     from test_policy import adapters, run, torch
     torch.set_num_threads(1)
-    model, log = run(sys.argv[1])
+    model, log = run(sys.argv[1], own=torch.distributed.is_torchelastic_launched())
     torch.save([adapters(model), [r["reward"] for r in log]], sys.argv[1] + f"/{{torch.distributed.get_rank()}}.pt")
 """
 
@@ -300,7 +368,7 @@ PROCESS = """
 def test_two_processes_make_the_same_update(tmp_path):
     "Two gloo processes on the CPU share rollouts and update; the weights are those of one process."
     (tmp_path / "process.py").write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent))))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618", str(tmp_path / "process.py"), str(tmp_path)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "process.py"), str(tmp_path)]
     subprocess.run(launch, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     model, log = run()
     for rank in (0, 1):

@@ -129,6 +129,7 @@ class Rollout:
     timeline: list = field(repr=False)   # of `Interval`
     trajectory: list = field(repr=False)
     peak_slots: int = 0      # slots of the cache in use at the most
+    load: list = field(default_factory=list, repr=False)   # (live branches, slots in use) of every decoding step
 
     def __repr__(self):
         return (f"Rollout({self.question!r} -> {self.answer!r}, {self.finish_reason}, forks={self.forks}, token_latency={self.token_latency}, "
@@ -225,6 +226,7 @@ class _Row:
     def __init__(self, index, question, machine, key):
         self.index, self.question, self.machine, self.key = index, question, machine, key
         self.used, self.free, self.slots, self.live, self.timeline = 0, [], {}, [], []
+        self.load = []                          # (live branches, slots in use) of every decoding step
         self.span_of = torch.full((64,), -1)    # slot -> span; -1: nothing that others may see
         self.place = torch.zeros(64, dtype=torch.long)   # slot -> which token of that span
         self.forked = {}                        # (path of a branch, number of its fork) -> the step its threads began at
@@ -532,6 +534,7 @@ class Decoder(Decoder):
         self.stats["steps"] += 1
         lives = [(r, k, row, live) for r, row in enumerate(self.rows) for k, live in enumerate(row.live)]
         slots = [row.take(1)[0] for _, _, row, _ in lives]
+        for row in self.rows: row.load.append((len(row.live), row.used))
         used, q = max(row.used for row in self.rows), max(len(row.live) for row in self.rows)
         self._room(used, q)
         r, k = [x[0] for x in lives], [x[1] for x in lives]
@@ -557,7 +560,7 @@ class Decoder(Decoder):
         text = machine.text
         return Rollout(row.question, text, extract_answer(text), tree.sorted(), torch.tensor(logprobs), machine.finish_reason, machine.errors,
                        latency + end, total + end, steps, int((tree.ancestors * sizes).sum(1).max()),
-                       time.perf_counter() - row.began, row.timeline, machine.trajectory, row.used)
+                       time.perf_counter() - row.began, row.timeline, machine.trajectory, row.used, row.load)
 
 # %% ../nbs/08_decode.ipynb #d3d7cdbb
 def default_seeds(seed, questions) -> list:

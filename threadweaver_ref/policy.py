@@ -11,6 +11,7 @@ __all__ = ['PGRPO_RECIPES', 'eta', 'reward', 'group_advantages', 'pgrpo_loss', '
 # %% ../nbs/09_policy.ipynb #d073db8d
 import copy
 import functools
+import math
 import random
 import statistics
 import time
@@ -21,14 +22,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 
 from .decode import DecodeConfig, generate
 from .forkjoin import MODES, Limits
 from .merge import get_join
 from .model import add_lora, load_policy, merge_lora
-from .sft import SFTConfig, _train, _update, micro_batches, step_problems, train_sft
+from .sft import SFTConfig, _same_start, _train, _update, micro_batches, step_problems, train_sft
 from .tasks import BENCH_FAMILIES, grade, oracle, training_problem
 
 # %% ../nbs/09_policy.ipynb #42a5702b
@@ -73,18 +74,17 @@ def pgrpo_loss(
 
 # %% ../nbs/09_policy.ipynb #4c6a124b
 @functools.lru_cache(100_000)
-def _possible(problem): return oracle(problem).speedup
+def _oracle(problem): return oracle(problem)
 
 def _rate(flags): return statistics.fmean(flags) if flags else None
 
 def behaviour(rollouts, problems) -> dict:
     "What rollouts did: right, forked (where it pays by 10% or more, where it cannot pay), how long, and their share of the possible speedup."
-    best = [_possible(p) if p.graph else 1.0 for p in problems]
-    right = [grade(r.text, p) for r, p in zip(rollouts, problems)]
-    reached = [(oracle(p).sequential / r.token_latency, b) for r, p, b, ok in zip(rollouts, problems, best, right) if ok and p.graph]
+    right, known = [grade(r.text, p) for r, p in zip(rollouts, problems)], [(r, p) for r, p in zip(rollouts, problems) if p.graph]
+    reached = [(_oracle(p).sequential / r.token_latency, _oracle(p).speedup) for r, p in known if grade(r.text, p)]
     return {"problems": len(problems), "accuracy": _rate(right), "fork_rate": _rate([r.forks > 0 for r in rollouts]),
-            "fork_rate_pays": _rate([r.forks > 0 for r, b in zip(rollouts, best) if b >= 1.1]),
-            "fork_rate_never": _rate([r.forks > 0 for r, b in zip(rollouts, best) if b <= 1]),
+            "fork_rate_pays": _rate([r.forks > 0 for r, p in known if _oracle(p).speedup >= 1.1]),
+            "fork_rate_never": _rate([r.forks > 0 for r, p in known if not _oracle(p).pays]),
             "token_latency": statistics.fmean(r.token_latency for r in rollouts), "total_tokens": statistics.fmean(r.total_tokens for r in rollouts),
             "well_formed": _rate([r.well_formed for r in rollouts]),
             "share_of_possible": sum(s for s, _ in reached) / sum(b for _, b in reached) if reached else None}
@@ -97,13 +97,16 @@ def by_family(rollouts, problems) -> dict:
 
 # %% ../nbs/09_policy.ipynb #b37b5c8c
 def decoding_copy(model):
-    "The model to decode with: adapters merged into a copy, or the model itself if it has none."
-    return merge_lora(copy.deepcopy(model)) if isinstance(model, PeftModel) else model
+    "The model to decode with: float32 adapters merged into a copy, or the model itself."
+    mergeable = isinstance(model, PeftModel) and all(p.dtype == torch.float32 for p in model.parameters())
+    return merge_lora(copy.deepcopy(model)) if mergeable else model
 
 def _describe(f):
-    "A reward's name, with its options if it is a `functools.partial`."
-    if not isinstance(f, functools.partial): return getattr(f, "__qualname__", type(f).__name__)
-    return f"{_describe(f.func)}({', '.join(f'{k}={_describe(v) if callable(v) else v}' for k, v in sorted(f.keywords.items()))})"
+    "A reward's name, with its options if it is a `functools.partial`, and its owner if it is a method."
+    owner = f" of {f.__self__}" if hasattr(f, "__self__") else ""
+    if not isinstance(f, functools.partial): return getattr(f, "__qualname__", type(f).__name__) + owner
+    options = [*map(str, f.args), *(f"{k}={_describe(v) if callable(v) else v}" for k, v in sorted(f.keywords.items()))]
+    return f"{_describe(f.func)}({', '.join(options)})"
 
 def score_group(reward, rollouts, problem) -> list:
     "Rewards of one problem's rollouts, by a function of (rollout, problem) or, if it is marked by `of_group`, of (rollouts, problem)."
@@ -117,7 +120,6 @@ class PGRPOConfig:
     steps: int = 100
     batch: int = 16               # problems a step
     group: int = 8                # rollouts of each
-    temperature: float = 1.0
     mode: str = "parallel"        # "sequential": the baseline without forks
     join: str = "concat"
     limits: Limits = Limits(max_tokens=2048, max_thread_tokens=1024)
@@ -134,14 +136,13 @@ class PGRPOConfig:
     save_every: int = 25          # steps
     eval_every: int = 0           # steps; 0: never
     tensorboard: bool = False     # also write TensorBoard's log into the folder
-    mixed_precision: str | None = None
-    attention: str = "dense"
+    mixed_precision: str = "no"   # decoding is not autocast: in another precision, updates would be off the policy that was sampled
+    attention = "dense"           # no field: rollouts need the whole mask
 
     def __post_init__(self):
         for f in ("steps", "batch", "micro_tokens", "save_every"):
             if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
         if self.group < 2: raise ValueError(f"group={self.group}: an advantage needs at least 2 rollouts to compare")
-        if not self.temperature > 0: raise ValueError(f"temperature={self.temperature}: must be above 0, or all rollouts of a group are the same")
         if self.mode not in MODES: raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if self.normalize not in ("mean", "std"): raise ValueError(f"unknown normalize {self.normalize!r}: choose mean or std")
         if self.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
@@ -155,7 +156,7 @@ def roll_out(model, tokenizer, problems, config, step=0, process=0, processes=1)
     numbers = range(process, len(problems) * config.group, processes)
     questions = [problems[i // config.group].question for i in numbers]
     seeds = [(config.seed, step, i) for i in numbers]
-    decoding = DecodeConfig(config.mode, config.join, config.temperature, limits=config.limits)
+    decoding = DecodeConfig(config.mode, config.join, 1.0, limits=config.limits)   # temperature 1: the policy itself
     mine = list(zip(numbers, generate(decoding_copy(model), tokenizer, questions, decoding, seeds)))
     return [r for _, r in sorted(gather_object(mine), key=lambda x: x[0])]
 
@@ -167,14 +168,14 @@ def _advantage_loss(advantage, count):
         return pgrpo_loss(logprobs, [advantage[id(p)] for p in group], sizes, count)
     return loss_of
 
-def _learn(model, optimizers, accelerator, rollouts, advantages, config):
+def _learn(model, optimizers, accelerator, rollouts, advantages, config, banned=()):
     "One gradient step from rollouts and their advantages: (loss, norm of the gradient, sampled tokens)."
     count = sum(len(r.logprobs) for r in rollouts)
     packed = [(r.tree.pack(), a) for r, a in zip(rollouts, advantages.flatten().tolist()) if abs(a) > 1e-9 and len(r.logprobs)]
     if not packed: return 0.0, 0.0, count
     groups = micro_batches([p for p, _ in packed], config.micro_tokens)
     loss_of = _advantage_loss({id(p): a for p, a in packed}, count)
-    return _update(model, optimizers, groups, accelerator, config.clip, loss_of, count)
+    return _update(model, optimizers, groups, accelerator, config.clip, loss_of, count, banned)
 
 # %% ../nbs/09_policy.ipynb #4c8e7752
 def _row(rollouts, problems, rewards, advantages, config):
@@ -196,11 +197,17 @@ def _tensorboard(config):
         nonlocal writer
         if not (config.tensorboard and PartialState().is_main_process): return
         from torch.utils.tensorboard import SummaryWriter
-        writer = writer or SummaryWriter(config.folder)
+        writer = writer or SummaryWriter(config.folder, purge_step=step)   # what a stopped run wrote beyond its checkpoint is dropped
         for k, v in row.items():
             if isinstance(v, (int, float)): writer.add_scalar(k, v, step)
         writer.flush()
     return write
+
+def _agree(rewards):
+    "The first process's rewards, for all: a reward may be measured, or drawn. Raises `ValueError` where one is no number."
+    rewards, = broadcast_object_list([rewards])
+    if not all(math.isfinite(r) for group in rewards for r in group): raise ValueError(f"a reward is no finite number: {rewards}")
+    return rewards
 
 def _one_step(step, wrapped, optimizers, accelerator, tokenizer, problems, config, reward):
     "Rollouts, rewards, advantages, gradient: a row of the log."
@@ -208,9 +215,10 @@ def _one_step(step, wrapped, optimizers, accelerator, tokenizer, problems, confi
     plain = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     rollouts = roll_out(plain, tokenizer, chosen, config, step, accelerator.process_index, accelerator.num_processes)
     groups = [rollouts[i:i + config.group] for i in range(0, len(rollouts), config.group)]
-    rewards = torch.tensor([score_group(reward, g, p) for g, p in zip(groups, chosen)], dtype=torch.float64)
+    rewards = torch.tensor(_agree([score_group(reward, g, p) for g, p in zip(groups, chosen)]), dtype=torch.float64)
     advantages, decoded = group_advantages(rewards, config.normalize), time.perf_counter()
-    loss, norm, count = _learn(wrapped, optimizers, accelerator, rollouts, advantages, config)
+    banned = [tokenizer.convert_tokens_to_ids("<Parallel>")] if config.mode == "sequential" else []
+    loss, norm, count = _learn(wrapped, optimizers, accelerator, rollouts, advantages, config, banned)
     return {"loss": loss, "grad_norm": norm, "sampled": count, **_row(rollouts, chosen, rewards, advantages, config),
             "rollout_seconds": decoded - began, "update_seconds": time.perf_counter() - decoded}
 
@@ -276,7 +284,7 @@ def self_train(
     model,
     tokenizer,
     problems: list,
-    sft=SFTConfig(batch=16, lr=1e-4),   # its number of steps is that of one epoch over what is kept, unless `epochs` says more
+    sft=SFTConfig(batch=16, lr=1e-4),   # its number of steps is made from `epochs`
     decoding=DecodeConfig(temperature=1.0),
     epochs=1,
 ) -> tuple:
@@ -284,8 +292,8 @@ def self_train(
     rollouts = generate(decoding_copy(model), tokenizer, [p.question for p in problems], decoding)
     kept = [r for r, p in zip(rollouts, problems) if grade(r.text, p) and r.well_formed]
     if not kept: raise ValueError(f"none of {len(problems)} rollouts was right and well-formed: there is nothing to train on")
-    steps = max(1, round(epochs * len(kept) / sft.batch))
-    return kept, train_sft(model, tokenizer, [r.tree for r in kept], replace(sft, steps=steps))
+    batch = min(sft.batch, len(kept))
+    return kept, train_sft(model, tokenizer, [r.tree for r in kept], replace(sft, batch=batch, steps=math.ceil(epochs * len(kept) / batch)))
 
 # %% ../nbs/09_policy.ipynb #efc690c7
 def of_group(reward):
@@ -342,6 +350,8 @@ def train_pgrpo_recipe(
     config = replace(recipe.config, **{"folder": str(Path(runs) / name), **changes})
     model, tokenizer = load_policy(recipe.start, device="cpu")
     torch.manual_seed(config.seed)
+    if config.folder: _same_start(model, config.folder)
     model = add_lora(model, recipe.rank, 2 * recipe.rank)
+    model.peft_config["default"].base_model_name_or_path = recipe.start
     log = train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, validation() if config.eval_every else ())
     return model, tokenizer, log

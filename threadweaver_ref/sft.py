@@ -152,7 +152,7 @@ def _collate(group, model, device):
     flex = getattr(model, "module", model).config._attn_implementation == "flex_attention"
     return (collate_blocks if flex else collate)(group, device)
 
-def _update(model, optimizers, groups, accelerator, clip, loss_of=_likelihood, count=None):
+def _update(model, optimizers, groups, accelerator, clip, loss_of=_likelihood, count=None, banned=()):
     "One optimiser step. The loss is normalised once, over all sampled tokens of all processes (eq. 4), or over `count`."
     count = count or sum(int(p.sampled.sum()) for g in groups for p in g)
     total = torch.zeros((), device=accelerator.device)
@@ -160,7 +160,7 @@ def _update(model, optimizers, groups, accelerator, clip, loss_of=_likelihood, c
     for left, (group, weight) in zip(reversed(range(len(mine))), mine):
         with accelerator.no_sync(model) if left else nullcontext():   # gradients are exchanged with the last
             batch = _collate(group, model, accelerator.device)
-            with accelerator.autocast(): logprobs = tree_logprobs(model, batch)
+            with accelerator.autocast(): logprobs = tree_logprobs(model, batch, banned)
             loss = weight * loss_of(group, batch, logprobs, count)
             accelerator.backward(loss * accelerator.num_processes)   # processes are averaged
         total += loss.detach()
@@ -217,7 +217,8 @@ def _checkpoint(accelerator, folder, step, settings, schedules):
 
 def _settings(config):
     "What must be the same for a run to go on: all that decides what it learns, as plain data."
-    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in ("folder", "save_every", "steps")}))
+    free = ("folder", "save_every", "steps", "eval_every", "tensorboard")
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}))
 
 def _resume(accelerator, folder, steps, settings, schedules):
     "The step to go on from: 0, or that of the newest checkpoint, which is loaded. Raises `ValueError` if it is of another run."
@@ -256,7 +257,7 @@ def _prepare(model, config):
     set_seed(config.seed)
     inner = matrices(model) if config.optimizer == "muon" else []
     rest = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in inner)]
-    optimizers = [torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=cuda)]
+    optimizers = [torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=cuda)] if rest else []
     if inner: optimizers.append(Muon(inner, config.lr, weight_decay=config.weight_decay))
     schedules = [get_cosine_schedule_with_warmup(o, int(config.warmup * config.steps), config.steps) for o in optimizers]
     wrapped, *optimizers = accelerator.prepare(model.train(), *optimizers)

@@ -302,12 +302,14 @@ def tree_logits(model, batch) -> torch.Tensor:
 def tree_logprobs(
     model,        # any Hugging Face causal language model
     batch: dict,  # of `collate` or `collate_blocks`
+    banned=(),    # ids that could not be chosen: they have no share in the probabilities
 ) -> torch.Tensor:
     "Log-probability of every sampled token, row by row: (sampled,). Its parent in the tree predicts it, so a root has none."
     rows, cols = batch["sampled"].nonzero(as_tuple=True)
     parents = batch["parent_index"][rows, cols]
     if (parents < 0).any(): raise ValueError("the first token of a root is sampled: nothing predicts it")
     logits = tree_logits(model, batch)[rows, parents].float()   # (sampled, V)
+    if len(banned): logits[:, list(banned)] = -torch.inf
     return logits.log_softmax(-1).gather(1, batch["input_ids"][rows, cols][:, None])[:, 0]
 
 # %% ../nbs/03_tree.ipynb #4cbee666
