@@ -293,7 +293,7 @@ def test_recipes(tmp_path):
     assert (tmp_path / "tiny-sft-first" / "step-000001").is_dir() and (tmp_path / "tiny-sft" / "step-000001").is_dir()
     assert log[0]["loss"] < 3   # it starts from tiny-base: random weights give about ln 151 = 5.0
     assert RECIPES["tiny-sft-random"].config.fork == "random"
-    stages, others = ("first", "second", "third", "fourth"), ("random", "wide", "nested", "result", "kv")
+    stages, others = ("first", "second", "third", "fourth", "fifth"), ("random", "wide", "nested", "result", "kv")
     assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in stages + others), "tiny-window"}
     assert all((tmp_path / f"tiny-sft-{n}" / "step-000001").is_dir() for n in stages)
 

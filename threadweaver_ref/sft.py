@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
            'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'wide', 'crowded',
-           'worded', 'rewired', 'narrow', 'Recipe', 'get_recipe', 'train_recipe']
+           'worded', 'rewired', 'balanced', 'narrow', 'Recipe', 'get_recipe', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -353,6 +353,12 @@ def rewired(rng, step):
     "Half of the problems are GSM8K's graphs with other edges, so that which steps are ready has to be read, and cannot be remembered."
     return training_problem(rng, ["gsm8k"], rewire=True) if rng.random() < .5 else worded(rng, step)
 
+def balanced(rng, step):
+    "Three in eight are GSM8K's graphs with other edges, one in eight are its own, a quarter is crowded, a quarter anything."
+    draw = rng.random()
+    if draw < .5: return training_problem(rng, ["gsm8k"], **({"rewire": True} if draw < .375 else {"redraw": draw < .4375}))
+    return crowded(rng, step) if draw < .75 else curriculum(rng, 10 ** 6)
+
 def narrow(rng, step):
     "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
     n = rng.randint(2, 24 if step > 300 else 9)
@@ -378,7 +384,8 @@ RECIPES = {
     "tiny-sft-second": Recipe("tiny-sft-first", replace(_FORK, steps=1400, batch=12), crowded),
     "tiny-sft-third": Recipe("tiny-sft-second", replace(_FORK, steps=1000, sequential=0.35), worded),
     "tiny-sft-fourth": Recipe("tiny-sft-third", replace(_FORK, steps=800), rewired),
-    "tiny-sft": Recipe("tiny-sft-fourth", replace(_FORK, steps=1000, sequential=0.15), rewired),
+    "tiny-sft-fifth": Recipe("tiny-sft-fourth", replace(_FORK, steps=1000, sequential=0.15), rewired),
+    "tiny-sft": Recipe("tiny-sft-fifth", replace(_FORK, steps=800, sequential=0.2), balanced),
     "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),
