@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from threadweaver_ref.decode import DecodeConfig, Decoder, generate
 from threadweaver_ref.forkjoin import Limits
-from threadweaver_ref.sft import curriculum, packing_counts
+from threadweaver_ref.sft import RECIPES, packing_counts
 from threadweaver_ref.tasks import BENCH_FAMILIES, bench, grade, oracle, sums
 from threadweaver_ref.tokens import control_ids, encode_prompt, encode_text
 
@@ -154,12 +154,25 @@ def against_generate(model, tokenizer, problems, longest=1200) -> dict:
             "same_text": statistics.fmean(a.text == b for a, b in zip(ours, texts))}
 
 
-def packing(tokenizer, n=200, seed=0) -> dict:
-    "Tokens through the model on training problems, forked where they can be: unit by unit against packed; all, and those that do fork."
-    rng = random.Random(seed)
-    counts = [packing_counts(curriculum(rng, 10 ** 6), tokenizer) for _ in range(n)]
-    ratio = lambda rows: sum(alone for alone, _ in rows) / sum(packed for _, packed in rows)
-    return {"problems": n, "ratio": ratio(counts), "ratio_of_those_that_fork": ratio([c for c in counts if c[0] > c[1]])}
+def _stages(name):
+    "The recipes that a policy went through one after another and that taught it to fork, the last one first."
+    while name in RECIPES and RECIPES[name].config.fork:
+        yield name, RECIPES[name]
+        name = RECIPES[name].start
+
+
+def packing(tokenizer, n=200, seed=0, policy="tiny-sft") -> dict:
+    """Tokens through the model on the problems that a policy is fine-tuned on, forked where they can be: unit by unit over packed.
+
+    `n` problems of every stage; `ratio` is over all, each stage with as many problems as it has in training."""
+    stages, sums = {}, [0.0, 0.0]
+    for name, recipe in _stages(policy):
+        rng = random.Random(f"packing {seed} {name}")
+        problems = [recipe.problems(rng, recipe.hard_from + rng.randrange(recipe.config.steps)) for _ in range(n)]
+        counts = [sum(c) / n for c in zip(*[packing_counts(p, tokenizer) for p in problems])]
+        stages[name] = {"problems": recipe.config.steps * recipe.config.batch, "ratio": counts[0] / counts[1]}
+        sums = [t + stages[name]["problems"] * c for t, c in zip(sums, counts)]
+    return {"measured": n, "ratio": sums[0] / sums[1], "stages": stages}
 
 
 def decode_bench(model, tokenizer, problems=8, seed=0) -> dict:
