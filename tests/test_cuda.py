@@ -140,3 +140,15 @@ def test_training_with_flex_equals_dense(monkeypatch):
         losses[attention] = [row["loss"] for row in train_sft(model, char, problems, config)]
         assert model.config._attn_implementation == "sdpa" and next(model.parameters()).is_cuda
     assert losses["dense"] == pytest.approx(losses["flex"], rel=2e-2)
+
+
+def test_pgrpo_samples_and_updates_as_on_the_cpu(monkeypatch, tmp_path):
+    "A step with adapters: the same rollouts, so the same reward, and about the same gradient; stopped and resumed as well."
+    from test_policy import adapters, run
+    here, log = run()
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    there, rows = run(str(tmp_path / "whole"))
+    assert next(there.parameters()).is_cuda
+    assert rows[0]["reward"] == pytest.approx(log[0]["reward"]) and rows[0]["grad_norm"] == pytest.approx(log[0]["grad_norm"], rel=2e-2)
+    with pytest.raises(KeyboardInterrupt): run(str(tmp_path / "stopped"), steps=3)
+    assert torch.allclose(adapters(run(str(tmp_path / "stopped"))[0]), adapters(there), atol=1e-4)
