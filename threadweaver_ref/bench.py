@@ -39,11 +39,15 @@ def mixed_problems(n) -> dict:
     return {f: bench(f, k) for f, k in share.items() if k}
 
 
+def share_of_oracle(rows):
+    "Mean speedup over mean possible one, of `(problem, Oracle, rollout)`s with a right answer: what is short because it is wrong is not fast."
+    right = [(o, r) for p, o, r in rows if grade(r.text, p)]
+    return sum(o.sequential / r.token_latency for o, r in right) / sum(o.speedup for o, _ in right) if right else None
+
+
 def _row(problems, sequential, parallel, seconds) -> dict:
     "One line of the comparison; speedups are means over problems (TW section 6)."
     best, mean = [oracle(p) for p in problems], statistics.fmean
-    right = [(o, r) for p, o, r in zip(problems, best, parallel) if grade(r.text, p)]   # what is short because it is wrong is not fast
-    share = mean(o.sequential / r.token_latency for o, r in right) / mean(o.speedup for o, _ in right) if right else None
     return {
         "problems": len(problems),
         "accuracy_sequential": mean(grade(r.text, p) for r, p in zip(sequential, problems)),
@@ -51,7 +55,7 @@ def _row(problems, sequential, parallel, seconds) -> dict:
         "token_latency_sequential": mean(r.token_latency for r in sequential),
         "token_latency_parallel": mean(r.token_latency for r in parallel),
         "speedup_tokens": mean(s.token_latency / r.token_latency for s, r in zip(sequential, parallel)),
-        "speedup_oracle": mean(o.speedup for o in best), "share_of_oracle": share,
+        "speedup_oracle": mean(o.speedup for o in best), "share_of_oracle": share_of_oracle(zip(problems, best, parallel)),
         "decode_steps_sequential": mean(r.decode_steps for r in sequential),
         "decode_steps_parallel": mean(r.decode_steps for r in parallel),
         "seconds_sequential": seconds[0], "seconds_parallel": seconds[1], "speedup_seconds": seconds[0] / seconds[1],

@@ -25,6 +25,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 
+from .bench import share_of_oracle
 from .decode import DecodeConfig, generate
 from .forkjoin import MODES, Limits
 from .merge import get_join
@@ -80,14 +81,14 @@ def _rate(flags): return statistics.fmean(flags) if flags else None
 
 def behaviour(rollouts, problems) -> dict:
     "What rollouts did: right, forked (where it pays by 10% or more, where it cannot pay), how long, and their share of the possible speedup."
-    right, known = [grade(r.text, p) for r, p in zip(rollouts, problems)], [(r, p) for r, p in zip(rollouts, problems) if p.graph]
-    reached = [(_oracle(p).sequential / r.token_latency, _oracle(p).speedup) for r, p in known if grade(r.text, p)]
-    return {"problems": len(problems), "accuracy": _rate(right), "fork_rate": _rate([r.forks > 0 for r in rollouts]),
+    known = [(r, p) for r, p in zip(rollouts, problems) if p.graph]
+    return {"problems": len(problems), "accuracy": _rate([grade(r.text, p) for r, p in zip(rollouts, problems)]),
+            "fork_rate": _rate([r.forks > 0 for r in rollouts]),
             "fork_rate_pays": _rate([r.forks > 0 for r, p in known if _oracle(p).speedup >= 1.1]),
             "fork_rate_never": _rate([r.forks > 0 for r, p in known if not _oracle(p).pays]),
             "token_latency": statistics.fmean(r.token_latency for r in rollouts), "total_tokens": statistics.fmean(r.total_tokens for r in rollouts),
             "well_formed": _rate([r.well_formed for r in rollouts]),
-            "share_of_possible": sum(s for s, _ in reached) / sum(b for _, b in reached) if reached else None}
+            "share_of_possible": share_of_oracle([(p, _oracle(p), r) for r, p in known])}
 
 def by_family(rollouts, problems) -> dict:
     "`behaviour` of every family, and of `all`."
@@ -161,9 +162,9 @@ def roll_out(model, tokenizer, problems, config, step=0, process=0, processes=1)
     return [r for _, r in sorted(gather_object(mine), key=lambda x: x[0])]
 
 # %% ../nbs/09_policy.ipynb #a0c12f99
-def _advantage_loss(advantage, count):
-    "A `loss_of` for `_update`: every packed tree with its own advantage, over `count` tokens."
-    def loss_of(group, batch, logprobs, _):
+def _advantage_loss(advantage):
+    "A `loss_of` for `_update`: every packed tree with its own advantage."
+    def loss_of(group, batch, logprobs, count):
         sizes = [int(p.sampled.sum()) for p in group]
         return pgrpo_loss(logprobs, [advantage[id(p)] for p in group], sizes, count)
     return loss_of
@@ -174,7 +175,7 @@ def _learn(model, optimizers, accelerator, rollouts, advantages, config, banned=
     packed = [(r.tree.pack(), a) for r, a in zip(rollouts, advantages.flatten().tolist()) if abs(a) > 1e-9 and len(r.logprobs)]
     if not packed: return 0.0, 0.0, count
     groups = micro_batches([p for p, _ in packed], config.micro_tokens)
-    loss_of = _advantage_loss({id(p): a for p, a in packed}, count)
+    loss_of = _advantage_loss({id(p): a for p, a in packed})
     return _update(model, optimizers, groups, accelerator, config.clip, loss_of, count, banned)
 
 # %% ../nbs/09_policy.ipynb #4c8e7752
