@@ -1,12 +1,12 @@
 """P-GRPO: against slow implementations and TRL; its training loop in one and two processes, stopped and resumed."""
 import copy
 import functools
+import json
 import os
 import random
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +21,7 @@ from threadweaver_ref.forkjoin import Limits, replay, units
 from threadweaver_ref.model import add_lora, load_policy, merge_lora
 from threadweaver_ref.policy import (
     PGRPO_RECIPES,
+    PGRPORecipe,
     PGRPOConfig,
     behaviour,
     decoding_copy,
@@ -343,11 +344,13 @@ def test_a_run_goes_on_with_its_own_reward_only(tmp_path):
 
 def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     "`threadweaver-ref train tiny-rl`: two folders, with the same logits; the merged one needs no peft."
-    config = PGRPOConfig(steps=1, batch=1, group=2, limits=SHORT, lr=1e-2)
-    monkeypatch.setitem(PGRPO_RECIPES, "tiny-rl", replace(PGRPO_RECIPES["tiny-rl"], start="tiny-sft", config=config, reward=lively))
+    config = PGRPOConfig(steps=1, batch=1, group=2, limits=Limits(300, 150), lr=1e-2)
+    recipe = PGRPORecipe(lively, config, self_training=2, start="tiny-sft", problems=lambda rng, step: PROBLEM)
+    monkeypatch.setitem(PGRPO_RECIPES, "tiny-rl", recipe)
     monkeypatch.setattr(sys, "argv", ["threadweaver-ref", "train", "tiny-rl", "--out", str(tmp_path / "rl"), "--runs", str(tmp_path / "runs")])
     with pytest.raises(SystemExit) as stop: cli.main()
     assert not stop.value.code and (tmp_path / "rl" / "adapter_config.json").is_file() and not (tmp_path / "rl" / "config.json").exists()
+    assert [json.loads(r)["step"] for r in (tmp_path / "runs" / "tiny-rl" / "self-training" / "log.jsonl").open()] == [1, 2]   # both rollouts, twice
     adapted, tokenizer = load_policy("tiny-sft", adapter=tmp_path / "rl", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "rl-merged")
     ids = torch.tensor([encode_prompt(tokenizer, PROBLEM.question)])

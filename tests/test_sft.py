@@ -29,6 +29,7 @@ from threadweaver_ref.sft import (
     step_problems,
     thin,
     packing_counts,
+    mean_weights,
     train_recipe,
     train_sft,
 )
@@ -293,9 +294,17 @@ def test_recipes(tmp_path):
     assert (tmp_path / "tiny-sft-first" / "step-000001").is_dir() and (tmp_path / "tiny-sft" / "step-000001").is_dir()
     assert log[0]["loss"] < 3   # it starts from tiny-base: random weights give about ln 151 = 5.0
     assert RECIPES["tiny-sft-random"].config.fork == "random"
-    stages, others = ("first", "second", "third", "fourth", "fifth"), ("random", "wide", "nested", "result", "kv")
+    stages, others = ("first", "second", "third", "fourth", "fifth", "sixth"), ("random", "wide", "nested", "result", "kv")
     assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in stages + others), "tiny-window"}
     assert all((tmp_path / f"tiny-sft-{n}" / "step-000001").is_dir() for n in stages)
+
+
+def test_mean_weights():
+    models = [tiny_model("tiny", TOKENIZER) for _ in range(3)]
+    hand = {k: sum(m.state_dict()[k].double() for m in models) / 3 for k in models[0].state_dict()}
+    mean = mean_weights(models)
+    assert all(torch.allclose(v.double(), hand[k], atol=1e-6) for k, v in mean.state_dict().items())
+    assert mean.lm_head.weight is mean.model.embed_tokens.weight   # tied heads stay tied
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"tiny-base", "tiny-sft-first"}))

@@ -159,10 +159,14 @@ def against_generate(model, tokenizer, problems, longest=1200) -> dict:
 
 
 def _stages(name):
-    "The recipes that a policy went through one after another and that taught it to fork, the last one first."
-    while name in RECIPES and RECIPES[name].config.fork:
-        yield name, RECIPES[name]
-        name = RECIPES[name].start
+    "The recipes that a policy went through and that taught it to fork, each once, the last one first."
+    found, left = {}, [name]
+    while left:
+        name = left.pop()
+        if name in found or name not in RECIPES or not RECIPES[name].config.fork: continue
+        found[name] = RECIPES[name]
+        left += [found[name].start] if isinstance(found[name].start, str) else found[name].start
+    return found.items()
 
 
 def packing(tokenizer, n=200, seed=0, policy="tiny-sft") -> dict:

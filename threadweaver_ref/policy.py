@@ -322,16 +322,18 @@ def latency_reward(
 @dataclass(frozen=True)
 class PGRPORecipe:
     "How a policy is trained with P-GRPO."
-    reward: Callable = latency_reward
-    config: PGRPOConfig = PGRPOConfig(steps=150, lr=1e-3, eval_every=25)
+    reward: Callable
+    config: PGRPOConfig
+    self_training: int = 512   # rollouts of the self-training that comes first; 0: none
     start: str = "tiny-sft-random"
     problems: Callable = decisions
-    rank: int = 16   # of the adapter
+    rank: int = 16             # of the adapter
 
+_RL = PGRPOConfig(steps=100, batch=12, lr=1e-3, eval_every=25, limits=Limits(max_tokens=1024, max_thread_tokens=512))
 PGRPO_RECIPES = {
-    "tiny-rl": PGRPORecipe(),
-    "tiny-rl-eq7": PGRPORecipe(reward),
-    "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), PGRPOConfig(steps=150, lr=1e-3, eval_every=25, mode="sequential")),
+    "tiny-rl": PGRPORecipe(functools.partial(latency_reward, rho=1.0, clip=0.5), _RL),
+    "tiny-rl-eq7": PGRPORecipe(reward, _RL),
+    "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), replace(_RL, mode="sequential")),
 }
 
 # %% ../nbs/09_policy.ipynb #53a5daf0
@@ -340,9 +342,17 @@ def validation(n=24) -> list:
     rng = random.Random("validation")
     return [training_problem(rng, [f]) for f in BENCH_FAMILIES for _ in range(n)]
 
+def _self_training(model, tokenizer, recipe, config):
+    "The self-training of a recipe, unless it is part of a checkpoint already."
+    if not recipe.self_training or (config.folder and any(Path(config.folder).glob("step-*"))): return
+    problems = [recipe.problems(random.Random(f"{config.seed} self-training {i}"), 0) for i in range(recipe.self_training)]
+    sft = SFTConfig(batch=16, lr=config.lr, micro_tokens=1024, seed=config.seed, folder=config.folder and str(Path(config.folder) / "self-training"))
+    self_train(model, tokenizer, problems, sft, DecodeConfig(config.mode, config.join, 1.0, limits=config.limits), epochs=2)
+
 def train_pgrpo_recipe(
     name: str,     # in `PGRPO_RECIPES`
     runs="runs",   # checkpoints and logs go to a folder of this name in here
+    on_step=None,  # called with (step, row of the log)
     **changes,     # fields of the recipe's `PGRPOConfig` to change
 ) -> tuple:
     "Train with P-GRPO, or go on where a run was stopped: `(model with its adapter, tokenizer, log)`. Raises `ValueError` for an unknown recipe."
@@ -354,5 +364,6 @@ def train_pgrpo_recipe(
     if config.folder: _same_start(model, config.folder)
     model = add_lora(model, recipe.rank, 2 * recipe.rank)
     model.peft_config["default"].base_model_name_or_path = recipe.start
-    log = train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, validation() if config.eval_every else ())
+    _self_training(model, tokenizer, recipe, config)
+    log = train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, validation() if config.eval_every else (), on_step)
     return model, tokenizer, log

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
            'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'wide', 'crowded',
-           'worded', 'rewired', 'balanced', 'narrow', 'Recipe', 'get_recipe', 'train_recipe']
+           'worded', 'rewired', 'balanced', 'narrow', 'Recipe', 'get_recipe', 'mean_weights', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -368,7 +368,7 @@ def narrow(rng, step):
 @dataclass(frozen=True)
 class Recipe:
     "How a shipped policy is made."
-    start: str           # a size in `SIZES` for random weights, the policy it starts from, or a recipe that has to be run before
+    start: str | tuple   # a size in `SIZES` for random weights, the policy it starts from, a recipe that has to be run before, or several: their mean
     config: SFTConfig
     problems: Callable = curriculum   # a sampler f(rng, step)
     hard_from: int = 0   # the step of the curriculum that it starts at
@@ -385,7 +385,9 @@ RECIPES = {
     "tiny-sft-third": Recipe("tiny-sft-second", replace(_FORK, steps=1000, sequential=0.35), worded),
     "tiny-sft-fourth": Recipe("tiny-sft-third", replace(_FORK, steps=800), rewired),
     "tiny-sft-fifth": Recipe("tiny-sft-fourth", replace(_FORK, steps=1000, sequential=0.15), rewired),
-    "tiny-sft": Recipe("tiny-sft-fifth", replace(_FORK, steps=800, sequential=0.2), balanced),
+    "tiny-sft-sixth": Recipe("tiny-sft-fifth", replace(_FORK, steps=800, sequential=0.2), balanced),
+    "tiny-sft": Recipe(tuple(f"tiny-sft-{n}" for n in ("second", "third", "fourth", "fifth", "sixth")),
+                       replace(_FORK, steps=600, lr=1e-3, sequential=0.25), balanced),
     "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),
@@ -413,6 +415,12 @@ def get_recipe(name: str) -> Recipe:
     if name not in RECIPES: raise ValueError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")
     return RECIPES[name]
 
+def mean_weights(models):
+    "The first model, holding the plain mean of the weights of all (Wortsman et al. 2022, a uniform soup). They must be alike."
+    states = [m.state_dict() for m in models]
+    models[0].load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
+    return models[0]
+
 def train_recipe(
     name: str,     # in `RECIPES`
     runs="runs",   # checkpoints and logs go to a folder of this name in here
@@ -426,7 +434,10 @@ def train_recipe(
         tokenizer = char_tokenizer()
         model = tiny_model(recipe.start, tokenizer)
     elif recipe.start in shipped_policies(): model, tokenizer = load_policy(recipe.start, device="cpu")
-    else: model, tokenizer, _ = train_recipe(recipe.start, runs, **{k: v for k, v in changes.items() if k != "folder"})
+    else:
+        before = [recipe.start] if isinstance(recipe.start, str) else recipe.start
+        models = [train_recipe(r, runs, **{k: v for k, v in changes.items() if k != "folder"})[0] for r in before]
+        model, tokenizer = mean_weights(models), char_tokenizer()
     if config.folder: _same_start(model, config.folder)
     log = train_sft(model, tokenizer, lambda rng, step: recipe.problems(rng, step + recipe.hard_from), config)
     return model, tokenizer, log
