@@ -15,10 +15,10 @@ import torch
 from helpers import TOKENIZERS, random_trajectory, tiny
 from transformers import AutoModelForCausalLM
 
-from threadweaver_ref import cli
+from threadweaver_ref import cli, policy
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits, replay, units
-from threadweaver_ref.model import add_lora, load_policy, merge_lora
+from threadweaver_ref.model import add_lora, load_policy, merge_lora, save_policy
 from threadweaver_ref.policy import (
     PGRPO_RECIPES,
     PGRPORecipe,
@@ -28,6 +28,7 @@ from threadweaver_ref.policy import (
     eta,
     group_advantages,
     latency_reward,
+    measure_policies,
     pgrpo_loss,
     reward,
     roll_out,
@@ -37,7 +38,7 @@ from threadweaver_ref.policy import (
 )
 from threadweaver_ref.seconds import StepCost
 from threadweaver_ref.sft import SFTConfig
-from threadweaver_ref.tasks import chain, oracle, sum_of_products
+from threadweaver_ref.tasks import BENCH_FAMILIES, bench, chain, grade, oracle, sum_of_products
 from threadweaver_ref.tokens import encode_prompt
 from threadweaver_ref.tree import SpanTree, collate, tree_logprobs
 
@@ -385,3 +386,23 @@ def test_tensorboard(tmp_path):
     _, log = run(str(tmp_path), tensorboard=True)
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert [e.value for e in events.Scalars("reward")] == pytest.approx([r["reward"] for r in log])
+
+
+def test_policies_are_measured(tmp_path, monkeypatch):
+    "Adapters of two recipes and two seeds: one row for each mode, and speedups where both answers are right."
+    model, tokenizer = load_policy("tiny-sft", device="cpu")
+    adapter = add_lora(copy.deepcopy(model), r=2)   # as it starts: it changes nothing
+    recipes = {"tiny-rl": PGRPORecipe(lively, PGRPOConfig(), start="tiny-sft"),
+               "tiny-rl-sequential": PGRPORecipe(lively, PGRPOConfig(mode="sequential"), start="tiny-sft")}
+    monkeypatch.setattr(policy, "PGRPO_RECIPES", recipes)
+    for folder in ("tiny-rl", "tiny-rl-sequential", "seed-2/tiny-rl"): save_policy(adapter, tokenizer, tmp_path / folder / "policy")
+    found = measure_policies(tmp_path, 1)
+    assert [(r["recipe"], r["seed"], r["mode"]) for r in found["policies"]] == [
+        ("tiny-sft", 0, "parallel"), ("tiny-rl", 0, "parallel"), ("tiny-rl-sequential", 0, "sequential"),
+        ("tiny-rl-sequential", 0, "parallel"), ("tiny-rl", 2, "parallel")]
+    start, rl, baseline, unbound, other = [r["families"] for r in found["policies"]]
+    assert start == rl == unbound == other and baseline["all"]["fork_rate"] == 0 < rl["all"]["fork_rate"]
+    problems = [p for f in BENCH_FAMILIES for p in bench(f, 1)]
+    both = [[r.token_latency if grade(r.text, p) else None for r, p in zip(generate(
+        model, tokenizer, [p.question for p in problems], DecodeConfig(mode)), problems)] for mode in ("sequential", "parallel")]
+    assert found["speedups"] == {0: [s / p if s and p else None for s, p in zip(*both)]} and max(filter(None, found["speedups"][0])) > 1.5

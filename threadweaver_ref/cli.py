@@ -144,6 +144,22 @@ def merges(
     _save(out, result)
 
 
+@app.command()
+def policies(
+    runs: Path = typer.Option(Path("runs"), help="where `train` left its runs"),
+    problems: int = typer.Option(100, help="held-out problems of each family", min=1),
+    out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
+):
+    "Compare what P-GRPO made: every recipe and seed that was trained, greedy on the held-out sets."
+    from threadweaver_ref.bench import provenance
+    from threadweaver_ref.policy import measure_policies
+    found = measure_policies(runs, problems)
+    for row in found["policies"]:
+        typer.echo(f"{row['recipe']}, seed {row['seed']}, {row['mode']}: " + ", ".join(
+            f"{k} {v:.3g}" for k, v in row["families"]["all"].items() if v is not None))
+    _save(out, {**provenance(0), **found})
+
+
 def _save(path, result):
     if path is None: return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +172,7 @@ def train(
     out: Optional[Path] = typer.Option(None, help="folder for the policy; default runs/NAME/policy"),
     runs: Path = typer.Option(Path("runs"), help="checkpoints and logs; a stopped run goes on from there"),
     steps: Optional[int] = typer.Option(None, help="fewer or more optimiser steps than the recipe", min=1),
+    seed: int = typer.Option(0, help="of problems, rollouts and new weights; all but seed 0 keep their runs in a folder of their own", min=0),
     processes: int = typer.Option(1, help="processes that share every step; on a CPU one a core is fastest", min=1),
 ):
     "Train a shipped policy again."
@@ -167,7 +184,8 @@ def train(
     recipes = {**dict.fromkeys(RECIPES, train_recipe), **dict.fromkeys(PGRPO_RECIPES, train_pgrpo_recipe)}
     if name not in recipes: raise ValueError(f"unknown recipe {name!r}: choose one of {', '.join(recipes)}")   # once, not by every process
     if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
-    model, tokenizer, _ = recipes[name](name, runs, **({"steps": steps} if steps else {}))
+    if seed: runs = runs / f"seed-{seed}"
+    model, tokenizer, _ = recipes[name](name, runs, **({"steps": steps} if steps else {}), **({"seed": seed} if seed else {}))
     if not PartialState().is_main_process: return
     folders = [out or runs / name / "policy"]
     save_policy(model, tokenizer, folders[0])

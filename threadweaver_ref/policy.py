@@ -6,7 +6,7 @@
 __all__ = ['PGRPO_RECIPES', 'eta', 'reward', 'group_advantages', 'pgrpo_loss', 'behaviour', 'by_family', 'decoding_copy',
            'score_group', 'PGRPOConfig', 'roll_out', 'evaluate_policy', 'train_pgrpo', 'decisions', 'show_log',
            'live_plot', 'self_train', 'of_group', 'token_latency', 'latency_reward', 'PGRPORecipe', 'validation',
-           'train_pgrpo_recipe']
+           'train_pgrpo_recipe', 'measure_policies']
 
 # %% ../nbs/09_policy.ipynb #d073db8d
 import copy
@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
+from tqdm.auto import tqdm
 
 from .bench import share_of_oracle
 from .decode import DecodeConfig, generate
@@ -31,7 +32,7 @@ from .forkjoin import MODES, Limits
 from .merge import get_join
 from .model import add_lora, load_policy, merge_lora
 from .sft import SFTConfig, _same_start, _train, _update, micro_batches, step_problems, train_sft
-from .tasks import BENCH_FAMILIES, grade, oracle, training_problem
+from .tasks import BENCH_FAMILIES, bench, grade, oracle, training_problem
 
 # %% ../nbs/09_policy.ipynb #42a5702b
 def eta(rollout) -> float:
@@ -333,7 +334,12 @@ _RL = PGRPOConfig(steps=100, batch=12, lr=1e-3, eval_every=25, limits=Limits(max
 PGRPO_RECIPES = {
     "tiny-rl": PGRPORecipe(functools.partial(latency_reward, rho=1.0, clip=0.5), _RL),
     "tiny-rl-eq7": PGRPORecipe(reward, _RL),
-    "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), replace(_RL, mode="sequential")),
+    "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), replace(_RL, mode="sequential")),   # also: no parallel rollouts
+    "tiny-rl-eq7-std": PGRPORecipe(reward, replace(_RL, normalize="std")),
+    "tiny-rl-eq7-direct": PGRPORecipe(reward, _RL, self_training=0),
+    "tiny-rl-eq7-rho0": PGRPORecipe(functools.partial(reward, rho=0.0), _RL),
+    "tiny-rl-eq7-rho2": PGRPORecipe(functools.partial(reward, rho=2.0), _RL),
+    "tiny-rl-eq7-minus": PGRPORecipe(functools.partial(reward, incorrect=-1.0), _RL),
 }
 
 # %% ../nbs/09_policy.ipynb #53a5daf0
@@ -367,3 +373,32 @@ def train_pgrpo_recipe(
     _self_training(model, tokenizer, recipe, config)
     log = train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, validation() if config.eval_every else (), on_step)
     return model, tokenizer, log
+
+# %% ../nbs/09_policy.ipynb #0b1d1d26
+def _seeds(runs):
+    "(seed, folder of its runs): seed 0 first."
+    return [(0, runs), *sorted((int(p.name.removeprefix("seed-")), p) for p in runs.glob("seed-*"))]
+
+def measure_policies(
+    runs="runs",  # where `threadweaver-ref train` left them
+    n=100,        # held-out problems of each family
+) -> dict:
+    """Every P-GRPO run in a folder, greedy on held-out problems, and where they start.
+
+    `policies` has a row (`by_family`) for every recipe, seed and mode; `speedups` has, for every seed, the token latency of
+    `tiny-rl-sequential` over that of `tiny-rl`, problem by problem; none where one of the two answers is wrong."""
+    problems, rows, latency = [p for f in BENCH_FAMILIES for p in bench(f, n)], [], {}
+    starts = {r.start: r for r in PGRPO_RECIPES.values()}
+    todo = [(name, 0, "parallel", None, name) for name in starts]
+    for seed, folder in _seeds(Path(runs)):
+        for name, r in PGRPO_RECIPES.items():
+            adapter = folder / name / "policy"
+            if adapter.is_dir(): todo += [(name, seed, mode, adapter, r.start) for mode in dict.fromkeys((r.config.mode, "parallel"))]
+    for name, seed, mode, adapter, start in tqdm(todo, desc="policies"):
+        model, tokenizer = load_policy(start, adapter)
+        rollouts = generate(decoding_copy(model), tokenizer, [p.question for p in problems], DecodeConfig(mode))
+        rows.append({"recipe": name, "seed": seed, "mode": mode, "families": by_family(rollouts, problems)})
+        latency[name, seed, mode] = [r.token_latency if grade(r.text, p) else None for r, p in zip(rollouts, problems)]
+    pairs = {s: (latency.get(("tiny-rl-sequential", s, "sequential")), latency.get(("tiny-rl", s, "parallel"))) for s, _ in _seeds(Path(runs))}
+    speedups = {s: [b / t if b and t else None for b, t in zip(*pair)] for s, pair in pairs.items() if all(pair)}
+    return {"policies": rows, "problems": [p.family for p in problems], "speedups": speedups}

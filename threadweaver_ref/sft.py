@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
-           'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'wide', 'crowded',
-           'worded', 'rewired', 'balanced', 'narrow', 'Recipe', 'get_recipe', 'mean_weights', 'train_recipe']
+           'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'crowded', 'worded',
+           'rewired', 'balanced', 'wide', 'narrow', 'Recipe', 'get_recipe', 'mean_weights', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -332,12 +332,6 @@ def curriculum(
     return training_problem(rng, [name], **size(rng, name))
 
 # %% ../nbs/07_sft.ipynb #712a3365
-def wide(rng, step):
-    "Two in three problems of full size, one in three a sum of 2 to 32 products."
-    if rng.random() < 2 / 3: return curriculum(rng, 10 ** 6)
-    n = rng.randint(2, 32)
-    return training_problem(rng, ["sums"], n=n, digits=1 if n > 16 else rng.choice([1, 2, None]))
-
 def crowded(rng, step):
     "Every other problem is a sum of 6 to 16 products, where the next of many like ones must be found."
     if rng.random() < .5: return curriculum(rng, 10 ** 6)
@@ -359,6 +353,12 @@ def balanced(rng, step):
     if draw < .5: return training_problem(rng, ["gsm8k"], **({"rewire": True} if draw < .375 else {"redraw": draw < .4375}))
     return crowded(rng, step) if draw < .75 else curriculum(rng, 10 ** 6)
 
+def wide(rng, step):
+    "Two in three problems are `balanced` ones, one in three is a sum of 2 to 32 products."
+    if rng.random() < 2 / 3: return balanced(rng, step)
+    n = rng.randint(2, 32)
+    return training_problem(rng, ["sums"], n=n, digits=1 if n > 16 else rng.choice([1, 2, None]))
+
 def narrow(rng, step):
     "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
     n = rng.randint(2, 24 if step > 300 else 9)
@@ -374,7 +374,7 @@ class Recipe:
     hard_from: int = 0   # the step of the curriculum that it starts at
 
 _FORK = SFTConfig(batch=18, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.3, autoregressive=0.05, leaves=3)
-_MERGE = SFTConfig(steps=400, batch=10, micro_tokens=1024, lr=2e-3, optimizer="muon", fork="nested", sequential=.2, autoregressive=0.0, leaves=6)
+_MERGE = SFTConfig(steps=500, batch=10, micro_tokens=1024, lr=2e-3, optimizer="muon", fork="nested", sequential=.2, autoregressive=0.0, leaves=6)
 
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=3500, batch=16, micro_tokens=1024, lr=5e-3, optimizer="muon", warmup=0.02, sequential=1.0,
@@ -388,7 +388,7 @@ RECIPES = {
     "tiny-sft-sixth": Recipe("tiny-sft-fifth", replace(_FORK, steps=800, sequential=0.2), balanced),
     "tiny-sft": Recipe(tuple(f"tiny-sft-{n}" for n in ("second", "third", "fourth", "fifth", "sixth")),
                        replace(_FORK, steps=600, lr=1e-3, sequential=0.25), balanced),
-    "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
+    "tiny-sft-random": Recipe("tiny-sft-sixth", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),
     "tiny-sft-nested": Recipe("tiny-sft", _MERGE, wide),
