@@ -163,10 +163,11 @@ def _stages(name):
     found, left = {}, [name]
     while left:
         name = left.pop()
-        if name in found or name not in RECIPES or not RECIPES[name].config.fork: continue
-        found[name] = RECIPES[name]
-        left += [found[name].start] if isinstance(found[name].start, str) else found[name].start
-    return found.items()
+        recipe = RECIPES.get(name)
+        if name in found or recipe is None or recipe.config and not recipe.config.fork: continue
+        found[name] = recipe
+        left += [recipe.start] if isinstance(recipe.start, str) else recipe.start
+    return [(name, recipe) for name, recipe in found.items() if recipe.config]
 
 
 def packing(tokenizer, n=200, seed=0, policy="tiny-sft") -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
            'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'crowded', 'worded',
-           'rewired', 'balanced', 'wide', 'narrow', 'Recipe', 'get_recipe', 'mean_weights', 'train_recipe']
+           'rewired', 'balanced', 'deep', 'wide', 'narrow', 'Recipe', 'get_recipe', 'mean_weights', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -353,6 +353,15 @@ def balanced(rng, step):
     if draw < .5: return training_problem(rng, ["gsm8k"], **({"rewire": True} if draw < .375 else {"redraw": draw < .4375}))
     return crowded(rng, step) if draw < .75 else curriculum(rng, 10 ** 6)
 
+def deep(rng, step):
+    "Two in five are GSM8K's graphs of six steps or more with other edges, one in ten are its own, a quarter is crowded, a quarter anything."
+    draw = rng.random()
+    while draw < .4:
+        problem = training_problem(rng, ["gsm8k"], rewire=True)
+        if len(problem.graph.steps) >= 6: return problem
+    if draw < .5: return training_problem(rng, ["gsm8k"], redraw=draw < .45)
+    return crowded(rng, step) if draw < .75 else curriculum(rng, 10 ** 6)
+
 def wide(rng, step):
     "Two in three problems are `balanced` ones, one in three is a sum of 2 to 32 products."
     if rng.random() < 2 / 3: return balanced(rng, step)
@@ -369,7 +378,7 @@ def narrow(rng, step):
 class Recipe:
     "How a shipped policy is made."
     start: str | tuple   # a size in `SIZES` for random weights, the policy it starts from, a recipe that has to be run before, or several: their mean
-    config: SFTConfig
+    config: SFTConfig | None   # None: nothing more is trained
     problems: Callable = curriculum   # a sampler f(rng, step)
     hard_from: int = 0   # the step of the curriculum that it starts at
 
@@ -386,8 +395,10 @@ RECIPES = {
     "tiny-sft-fourth": Recipe("tiny-sft-third", replace(_FORK, steps=800), rewired),
     "tiny-sft-fifth": Recipe("tiny-sft-fourth", replace(_FORK, steps=1000, sequential=0.15), rewired),
     "tiny-sft-sixth": Recipe("tiny-sft-fifth", replace(_FORK, steps=800, sequential=0.2), balanced),
-    "tiny-sft": Recipe(tuple(f"tiny-sft-{n}" for n in ("second", "third", "fourth", "fifth", "sixth")),
-                       replace(_FORK, steps=600, lr=1e-3, sequential=0.25), balanced),
+    "tiny-sft-seventh": Recipe(tuple(f"tiny-sft-{n}" for n in ("second", "third", "fourth", "fifth", "sixth")),
+                               replace(_FORK, steps=600, lr=1e-3, sequential=0.25), balanced),
+    "tiny-sft-eighth": Recipe("tiny-sft-seventh", replace(_FORK, steps=400, lr=1e-3, sequential=0.2), deep),
+    "tiny-sft": Recipe(("tiny-sft-sixth", "tiny-sft-seventh", "tiny-sft-eighth"), None),
     "tiny-sft-random": Recipe("tiny-sft-sixth", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),
@@ -428,7 +439,7 @@ def train_recipe(
 ) -> tuple:
     "Train a shipped policy again, or go on where a run was stopped: `(model, tokenizer, log)`. Raises `ValueError` for an unknown recipe."
     recipe = get_recipe(name)
-    config = replace(recipe.config, **{"folder": str(Path(runs) / name), **changes})
+    config = replace(recipe.config or SFTConfig(), **{"folder": str(Path(runs) / name), **changes})
     torch.manual_seed(config.seed)
     if recipe.start in SIZES:
         tokenizer = char_tokenizer()
@@ -436,8 +447,9 @@ def train_recipe(
     elif recipe.start in shipped_policies(): model, tokenizer = load_policy(recipe.start, device="cpu")
     else:
         before = [recipe.start] if isinstance(recipe.start, str) else recipe.start
-        models = [train_recipe(r, runs, **{k: v for k, v in changes.items() if k != "folder"})[0] for r in before]
-        model, tokenizer = mean_weights(models), char_tokenizer()
+        models, tokenizers, _ = zip(*[train_recipe(r, runs, **{k: v for k, v in changes.items() if k != "folder"}) for r in before])
+        model, tokenizer = mean_weights(models), tokenizers[0]
+    if not recipe.config: return model, tokenizer, []
     if config.folder: _same_start(model, config.folder)
     log = train_sft(model, tokenizer, lambda rng, step: recipe.problems(rng, step + recipe.hard_from), config)
     return model, tokenizer, log
