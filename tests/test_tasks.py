@@ -338,8 +338,8 @@ def test_groups_fork_add_up_and_return_their_sum(conclude):
         sizes = []
         for outline, group in zip(nodes[0].outlines, nodes[0].threads, strict=True):
             name, first, last = re.fullmatch(r"(.):(.=\d+\*\d+)-(.)", outline).groups()
-            fork, text = group.body
-            assert fork.outlines[0] == first and fork.outlines[-1][0] == last
+            head, fork, text = group.body
+            assert head.text == f"{name}:" and fork.outlines[0] == first and fork.outlines[-1][0] == last
             members = [o[0] for o in fork.outlines]
             summed = text.text + (group.conclusion or "")
             working, result = summed.split("=")

@@ -363,8 +363,8 @@ def deep(rng, step):
     return crowded(rng, step) if draw < .75 else curriculum(rng, 10 ** 6)
 
 def wide(rng, step):
-    "Two in three problems are `balanced` ones, one in three is a sum of 2 to 32 products."
-    if rng.random() < 2 / 3: return balanced(rng, step)
+    "Every other problem is a sum of 2 to 32 products, the others are `balanced`."
+    if rng.random() < .5: return balanced(rng, step)
     n = rng.randint(2, 32)
     return training_problem(rng, ["sums"], n=n, digits=1 if n > 16 else rng.choice([1, 2, None]))
 

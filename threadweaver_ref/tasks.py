@@ -215,11 +215,11 @@ def groups(
     return [steps[a:b] for a, b in zip(cuts, cuts[1:])]
 
 def _group(name, steps, known, conclude):
-    "A group as a thread: it forks its steps, then adds them up under its own name."
+    "A group as a thread: its name, as its outline has it; then it forks its steps, and adds them up under that name."
     names = [s.name for s in steps]
     summed = _total(names, [known[n] for n in names])[:-1] + f"={name}{_result(known[name])};"
     thread = _thread(summed, conclude)
-    return Thread([_fork(steps, known, conclude), *thread.body], thread.conclusion)
+    return Thread([Text(f"{name}:"), _fork(steps, known, conclude), *thread.body], thread.conclusion)
 
 def _in_groups(problem, conclude):
     "The trajectory of a sum whose products are forked in groups."
