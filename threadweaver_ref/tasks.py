@@ -210,23 +210,23 @@ def groups(
     "The products of a sum in about as many groups as a group has steps: `[[Step, ...], ...]`. One group where there is nothing to gain."
     steps = list(problem.graph.phases[0])
     count = round(math.sqrt(len(steps)))
-    if problem.family != "sums" or len(steps) < least or len(steps) + count > len(NAMES): return [steps]
+    if problem.family != "sums" or len(steps) < least: return [steps]
     cuts = [i * len(steps) // count for i in range(count + 1)]
     return [steps[a:b] for a, b in zip(cuts, cuts[1:])]
 
 def _group(name, steps, known, conclude):
-    "A group as a thread: its name, as its outline has it; then it forks its steps, and adds them up under that name."
+    "A group as a thread: it forks its steps, then adds them up under its own name."
     names = [s.name for s in steps]
     summed = _total(names, [known[n] for n in names])[:-1] + f"={name}{_result(known[name])};"
     thread = _thread(summed, conclude)
-    return Thread([Text(f"{name}:"), _fork(steps, known, conclude), *thread.body], thread.conclusion)
+    return Thread([_fork(steps, known, conclude), *thread.body], thread.conclusion)
 
 def _in_groups(problem, conclude):
-    "The trajectory of a sum whose products are forked in groups."
+    "The trajectory of a sum whose products are forked in groups; `a'` is the sum of the group that begins with `a`."
     known, parts = problem.graph.values(), groups(problem)
-    names = NAMES[len(problem.graph.phases[0]):][:len(parts)]   # those behind the last product's
+    names = [f"{part[0].name}'" for part in parts]
     known.update({n: sum(known[s.name] for s in part) for n, part in zip(names, parts)})
-    outlines = [f"{n}:{part[0].outline}-{part[-1].name}" for n, part in zip(names, parts)]
+    outlines = [f"{part[0].outline}-{part[-1].name}" for part in parts]
     threads = [_group(n, part, known, conclude) for n, part in zip(names, parts)]
     return [Fork(outlines, threads), Text(_total(names, [known[n] for n in names]) + answer_text(problem.answer))]
 
