@@ -251,10 +251,10 @@ def train_pgrpo(
 
 # %% ../nbs/09_policy.ipynb #7e9dedbd
 def decisions(rng, step):
-    "A short problem with something to decide: two in seven from GSM8K, two are sums of up to 6 products, the others chains, products and brackets."
-    name = rng.choice(["gsm8k", "gsm8k", "sums", "sums", "chain", "product", "nested"])
+    "A short problem with something to decide: two in seven from GSM8K, three are sums of up to 6 products, the others chains, products and brackets."
+    name = rng.choice(["gsm8k", "gsm8k", "sums", "sums", "sums", rng.choice(["chain", "product"]), "nested"])
     n = rng.randint(2, 6)
-    options = {"gsm8k": dict(redraw=rng.random() < .5), "sums": dict(n=n, digits=rng.choice([1, 2 if n < 4 else 1])),
+    options = {"gsm8k": dict(redraw=rng.random() < .5), "sums": dict(n=n, digits=rng.choice([1, 2])),
                "chain": dict(n=rng.randint(2, 3)), "product": dict(n=3, digits=rng.choice([1, 2])), "nested": {}}[name]
     return training_problem(rng, [name], **options)
 
@@ -331,9 +331,9 @@ class PGRPORecipe:
     problems: Callable = decisions
     rank: int = 16             # of the adapter
 
-_RL = PGRPOConfig(steps=100, batch=12, lr=1e-3, eval_every=25, limits=Limits(max_tokens=768, max_thread_tokens=384))
+_RL = PGRPOConfig(steps=100, batch=12, lr=5e-4, eval_every=25, limits=Limits(max_tokens=768, max_thread_tokens=384))
 PGRPO_RECIPES = {
-    "tiny-rl": PGRPORecipe(functools.partial(latency_reward, rho=1.0, clip=0.5), _RL),
+    "tiny-rl": PGRPORecipe(functools.partial(latency_reward, rho=2.0, clip=0.5), _RL),
     "tiny-rl-eq7": PGRPORecipe(reward, _RL),
     "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), replace(_RL, mode="sequential")),   # also: no parallel rollouts
     "tiny-rl-eq7-std": PGRPORecipe(reward, replace(_RL, normalize="std")),
@@ -353,7 +353,7 @@ def _self_training(model, tokenizer, recipe, config):
     "The self-training of a recipe, unless it is part of a checkpoint already."
     if not recipe.self_training or (config.folder and any(Path(config.folder).glob("step-*"))): return
     problems = [recipe.problems(random.Random(f"{config.seed} self-training {i}"), 0) for i in range(recipe.self_training)]
-    sft = SFTConfig(batch=16, lr=config.lr, micro_tokens=1024, seed=config.seed, folder=config.folder and str(Path(config.folder) / "self-training"))
+    sft = SFTConfig(batch=16, lr=1e-3, micro_tokens=1024, seed=config.seed, folder=config.folder and str(Path(config.folder) / "self-training"))
     self_train(model, tokenizer, problems, sft, DecodeConfig(config.mode, config.join, 1.0, limits=config.limits), epochs=2)
 
 def train_pgrpo_recipe(

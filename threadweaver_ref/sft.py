@@ -399,7 +399,7 @@ RECIPES = {
                                replace(_FORK, steps=600, lr=1e-3, sequential=0.25), balanced),
     "tiny-sft-eighth": Recipe("tiny-sft-seventh", replace(_FORK, steps=400, lr=1e-3, sequential=0.2), deep),
     "tiny-sft": Recipe(("tiny-sft-sixth", "tiny-sft-seventh", "tiny-sft-eighth"), None),
-    "tiny-sft-random": Recipe("tiny-sft-sixth", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
+    "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
     "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),
     "tiny-sft-nested": Recipe("tiny-sft", _MERGE, wide),

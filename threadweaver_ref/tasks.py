@@ -298,10 +298,11 @@ def _random_trace(problem, rng, conclude):
     "A trace with random habits; the answer is what came out."
     if rng.random() < .5: return trace(problem, False)
     graph, stages, fixed, nodes = problem.graph, _in_order(problem.graph), {}, []
-    known, sure = graph.values(), rng.randrange(len(stages))
+    wide = [i for i, (level, _) in enumerate(stages) if len(level) > 1]
+    known, sure = graph.values(), rng.choice(wide or range(len(stages)))   # one fork at least, if possible where there is something to share
     for i, (level, remark) in enumerate(stages):
         after = stages[i + 1][0] if i + 1 < len(stages) else []
-        chosen, last = _habit(level, after, rng) if level and (i == sure or rng.random() < .25) else ([], None)
+        chosen, last = _habit(level, after, rng) if level and (i == sure or rng.random() < .15) else ([], None)
         if last:
             seen = _guess(last, level, graph, fixed, known, rng)
             fixed[last.name] = _apply(last.op, [_value(o, seen) for o in last.operands])
