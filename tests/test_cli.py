@@ -57,6 +57,7 @@ def test_solve_reads_a_file(run, tmp_path):
     (["solve", "--file", "/no/such/file"], ["/no/such/file"]),
     (["train", "giant"], ["giant", "tiny-base", "tiny-sft"]),
     (["train", "giant", "--processes", "2"], ["giant", "tiny-base", "tiny-sft"]),
+    (["policies", "--runs", "/no/such/runs"], ["/no/such/runs", "tiny-rl", "train"]),
     (["merges", "--part", "flat"], ["flat", "joins", "flat_and_nested"]),
 ])
 def test_mistakes_get_one_clear_line(run, args, names):

@@ -348,10 +348,13 @@ def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     config = PGRPOConfig(steps=1, batch=1, group=2, limits=Limits(300, 150), lr=1e-2)
     recipe = PGRPORecipe(lively, config, self_training=2, start="tiny-sft", problems=lambda rng, step: PROBLEM)
     monkeypatch.setitem(PGRPO_RECIPES, "tiny-rl", recipe)
-    monkeypatch.setattr(sys, "argv", ["threadweaver-ref", "train", "tiny-rl", "--out", str(tmp_path / "rl"), "--runs", str(tmp_path / "runs")])
+    folders = ["--out", str(tmp_path / "rl"), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", ["threadweaver-ref", "train", "tiny-rl", "--seed", "3", *folders])
     with pytest.raises(SystemExit) as stop: cli.main()
     assert not stop.value.code and (tmp_path / "rl" / "adapter_config.json").is_file() and not (tmp_path / "rl" / "config.json").exists()
-    assert [json.loads(r)["step"] for r in (tmp_path / "runs" / "tiny-rl" / "self-training" / "log.jsonl").open()] == [1, 2]   # both rollouts, twice
+    run = tmp_path / "runs" / "seed-3" / "tiny-rl"   # other seeds than 0 keep their runs apart
+    assert [json.loads(r)["step"] for r in (run / "self-training" / "log.jsonl").open()] == [1, 2]   # both rollouts, twice
+    assert '"seed": 3' in next(run.glob("step-*/step.json")).read_text()
     adapted, tokenizer = load_policy("tiny-sft", adapter=tmp_path / "rl", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "rl-merged")
     ids = torch.tensor([encode_prompt(tokenizer, PROBLEM.question)])

@@ -305,6 +305,7 @@ def test_recipes(tmp_path):
 
 def test_mean_weights():
     models = [tiny_model("tiny", TOKENIZER) for _ in range(3)]
+    assert not torch.equal(*(m.lm_head.weight for m in models[:2]))
     hand = {k: sum(m.state_dict()[k].double() for m in models) / 3 for k in models[0].state_dict()}
     mean = mean_weights(models)
     assert all(torch.allclose(v.double(), hand[k], atol=1e-6) for k, v in mean.state_dict().items())

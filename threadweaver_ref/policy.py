@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PGRPO_RECIPES', 'eta', 'reward', 'group_advantages', 'pgrpo_loss', 'behaviour', 'by_family', 'decoding_copy',
-           'score_group', 'PGRPOConfig', 'roll_out', 'evaluate_policy', 'train_pgrpo', 'decisions', 'show_log',
-           'live_plot', 'self_train', 'of_group', 'token_latency', 'latency_reward', 'PGRPORecipe', 'validation',
+           'score_group', 'PGRPOConfig', 'roll_out', 'greedy', 'train_pgrpo', 'decisions', 'show_log', 'live_plot',
+           'self_train', 'of_group', 'token_latency', 'latency_reward', 'PGRPORecipe', 'validation',
            'train_pgrpo_recipe', 'measure_policies']
 
 # %% ../nbs/09_policy.ipynb #d073db8d
@@ -186,10 +186,9 @@ def _row(rollouts, problems, rewards, advantages, config):
     mean = {"reward": float(rewards.mean()), "used": float((advantages.abs() > 1e-9).double().mean())}
     return {**mean, **{k: v for k, v in did.items() if k != "problems"}}
 
-def evaluate_policy(model, tokenizer, problems, config=PGRPOConfig()) -> dict:
-    "`by_family` of greedy rollouts."
-    decoding = DecodeConfig(config.mode, config.join, limits=config.limits)
-    return by_family(generate(decoding_copy(model), tokenizer, [p.question for p in problems], decoding), problems)
+def greedy(model, tokenizer, problems, mode, join="concat") -> list:
+    "A greedy rollout of each problem, with the decoder's own limits: those of training are made for short problems."
+    return generate(decoding_copy(model), tokenizer, [p.question for p in problems], DecodeConfig(mode, join))
 
 # %% ../nbs/09_policy.ipynb #c77f5d9e
 def _tensorboard(config):
@@ -241,7 +240,8 @@ def train_pgrpo(
     def one_step(step, wrapped, optimizers, accelerator):
         row = _one_step(step, wrapped, optimizers, accelerator, tokenizer, problems, config, reward)
         due = eval_problems and config.eval_every and (step + 1) % config.eval_every == 0
-        return {**row, "eval": evaluate_policy(model, tokenizer, eval_problems, config)} if due else row
+        if due: row["eval"] = by_family(greedy(model, tokenizer, eval_problems, config.mode, config.join), eval_problems)
+        return row
 
     def report(step, row):
         write(step, row)
@@ -376,9 +376,11 @@ def train_pgrpo_recipe(
     return model, tokenizer, log
 
 # %% ../nbs/09_policy.ipynb #0b1d1d26
-def _seeds(runs):
-    "(seed, folder of its runs): seed 0 first."
-    return [(0, runs), *sorted((int(p.name.removeprefix("seed-")), p) for p in runs.glob("seed-*"))]
+def _found(runs):
+    "What `train` left: `[(recipe, seed, mode, adapter, start), ...]`, seed 0 first. A baseline without forks is looked at in both modes."
+    seeds = [(0, runs), *sorted((int(p.name.removeprefix("seed-")), p) for p in runs.glob("seed-[0-9]*"))]
+    return [(name, seed, mode, folder / name / "policy", r.start) for seed, folder in seeds for name, r in PGRPO_RECIPES.items()
+            if (folder / name / "policy").is_dir() for mode in dict.fromkeys((r.config.mode, "parallel"))]
 
 def measure_policies(
     runs="runs",  # where `threadweaver-ref train` left them
@@ -387,19 +389,16 @@ def measure_policies(
     """Every P-GRPO run in a folder, greedy on held-out problems, and where they start.
 
     `policies` has a row (`by_family`) for every recipe, seed and mode; `speedups` has, for every seed, the token latency of
-    `tiny-rl-sequential` over that of `tiny-rl`, problem by problem; none where one of the two answers is wrong."""
+    `tiny-rl-sequential` over that of `tiny-rl`, problem by problem; none where one of the two answers is wrong.
+    Raises `ValueError` if there is no run."""
     problems, rows, latency = [p for f in BENCH_FAMILIES for p in bench(f, n)], [], {}
-    starts = {r.start: r for r in PGRPO_RECIPES.values()}
-    todo = [(name, 0, "parallel", None, name) for name in starts]
-    for seed, folder in _seeds(Path(runs)):
-        for name, r in PGRPO_RECIPES.items():
-            adapter = folder / name / "policy"
-            if adapter.is_dir(): todo += [(name, seed, mode, adapter, r.start) for mode in dict.fromkeys((r.config.mode, "parallel"))]
-    for name, seed, mode, adapter, start in tqdm(todo, desc="policies"):
+    if not (found := _found(Path(runs))): raise ValueError(f"no policies under {runs}: train one of {', '.join(PGRPO_RECIPES)} first")
+    starts = [(start, 0, "parallel", None, start) for start in dict.fromkeys(start for *_, start in found)]
+    for name, seed, mode, adapter, start in tqdm([*starts, *found], desc="policies"):
         model, tokenizer = load_policy(start, adapter)
-        rollouts = generate(decoding_copy(model), tokenizer, [p.question for p in problems], DecodeConfig(mode))
+        rollouts = greedy(model, tokenizer, problems, mode)
         rows.append({"recipe": name, "seed": seed, "mode": mode, "families": by_family(rollouts, problems)})
         latency[name, seed, mode] = [r.token_latency if grade(r.text, p) else None for r, p in zip(rollouts, problems)]
-    pairs = {s: (latency.get(("tiny-rl-sequential", s, "sequential")), latency.get(("tiny-rl", s, "parallel"))) for s, _ in _seeds(Path(runs))}
+    pairs = {s: (latency.get(("tiny-rl-sequential", s, "sequential")), latency.get(("tiny-rl", s, "parallel"))) for _, s, _ in latency}
     speedups = {s: [b / t if b and t else None for b, t in zip(*pair)] for s, pair in pairs.items() if all(pair)}
     return {"policies": rows, "problems": [p.family for p in problems], "speedups": speedups}
