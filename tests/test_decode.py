@@ -670,15 +670,37 @@ def test_a_fork_reads_only_the_seeds():
 def test_cache_grows_and_moves():
     cache, where = FlatCache(2, 4), torch.tensor([[0, 1], [1, 0]])
     k = torch.arange(2 * 3 * 2 * 5.).reshape(2, 3, 2, 5)         # (r, H, q, D)
-    cache.aim(2, where, 2)
+    cache.aim(slice(2), where, 2)
     keys, values = cache.update(k, -k, 0)
     assert keys.shape == (2, 3, 2, 5) and torch.equal(keys[0], k[0]) and torch.equal(keys[1], k[1].flip(1)) and torch.equal(values, -keys)
     cache.grow(16)
     cache.aim(torch.tensor([1]), torch.tensor([[9]]), 10)
     grown, _ = cache.update(k[:1, :, :1] + 100, k[:1, :, :1], 0)
     assert grown.shape == (1, 3, 10, 5) and torch.equal(grown[0, :, :2], k[1].flip(1)) and torch.equal(grown[0, :, 9], k[0, :, 0] + 100)
+    first, second = cache.keys[0][0, :10].clone(), cache.keys[0][1, :10].clone()
+    cache.swap(0, 1, 10)
+    assert torch.equal(cache.keys[0][0, :10], second) and torch.equal(cache.keys[0][1, :10], first) and not torch.equal(first, second)
     cache.move(1, 0, 10)
     assert torch.equal(cache.keys[0][0], cache.keys[0][1]) and cache.get_seq_length() == 10
+
+
+def test_narrow_problems_have_a_pass_of_their_own():
+    "Many problems, some of which fork: what each says is what it says alone, in two passes a step as in one, and far fewer queries are padded."
+    model, questions = tiny("Qwen3", char), [f"{k}?" for k in range(48)]
+    def plan(branch, tokenizer):
+        if branch.depth: return encode_text(tokenizer, "12345</Thread>")
+        forks = branch.machine.tree.ids[0][0] % 4 == 0 and not branch.forks
+        return encode_text(tokenizer, "ab" + block("1:p", "2:q", "3:r") if forks else "abcd" * 12 + "<eos>")
+    sizes = []
+    handle = model.register_forward_pre_hook(lambda m, a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    together = generate(model, char, questions, DecodeConfig(hook=Script(char, plan)))
+    handle.remove()
+    forked = sum(r.forks for r in together)
+    assert 0 < forked < 24 and (forked, 3) in sizes and any(q == 1 and rows == 48 - forked for rows, q in sizes)
+    assert (48, 3) not in sizes[1:]                                         # the first pass reads the questions
+    for r, q in zip(together, questions):
+        alone, = generate(model, char, [q], DecodeConfig(hook=Script(char, plan)))
+        assert r.tree == alone.tree and torch.allclose(r.logprobs, alone.logprobs, atol=1e-5) and r.question == q
 
 
 # ---- bad input

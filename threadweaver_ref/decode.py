@@ -35,14 +35,14 @@ class FlatCache(Cache):
 
     def aim(
         self,
-        rows,   # (r,) the rows that the next forward pass is about, or an int n for the first n
+        rows,   # the rows that the next forward pass is about: (r,) their numbers, or a slice
         where,  # (r, q) slot of every query
         used,   # slots in use: what lies behind is not read
     ):
         "Say where the next forward pass writes."
-        row = torch.arange(rows, device=where.device) if isinstance(rows, int) else rows
+        row = torch.arange(self.rows, device=where.device)[rows]
         self.flat = (row[:, None] * self.slots + where).reshape(-1)   # (r * q,)
-        self.read, self.used = (slice(rows) if isinstance(rows, int) else rows), used
+        self.read, self.used = rows, used
 
 # %% ../nbs/08_decode.ipynb #f38b227b
 class FlatCache(FlatCache):
@@ -66,6 +66,10 @@ class FlatCache(FlatCache):
     def move(self, source, target, used):
         "Copy one row onto another."
         for store in (*self.keys, *self.values): store[target, :used] = store[source, :used]
+
+    def swap(self, a, b, used):
+        "Let two rows change places."
+        for store in (*self.keys, *self.values): store[[a, b], :used] = store[[b, a], :used]
 
     def grow(self, slots):
         "Make room for `slots` slots a row."
@@ -421,7 +425,7 @@ class Decoder(Decoder):
         rows, ids, positions, slots, bias = self._pad(group, used)
         whole = [g[0] for g in group] == list(range(len(self.rows)))
         before = self.stats["forward_seconds"]
-        logits = self._forward(len(group) if whole else rows, ids, positions, slots, bias, used)
+        logits = self._forward(slice(len(group)) if whole else rows, ids, positions, slots, bias, used)
         self.stats["prefill_seconds"] += self.stats["forward_seconds"] - before
         picked = [(k, row.last[b.span], r, row, b) for k, (r, row, new, *_) in enumerate(group) for b in new]
         self._open(picked, logits[[p[0] for p in picked], [p[1] for p in picked]], {id(g[1]): len(g[3]) for g in group})
@@ -515,11 +519,29 @@ class Decoder(Decoder):
                 self.mask[r] = self.mask[len(self.rows)]
             yield row.index, self._rollout(row)
 
+# %% ../nbs/08_decode.ipynb #6c2a1d3e
+class Decoder(Decoder):
+    def _stretches(self, least=32):
+        "The rows as one slice or, on a CPU, as two: those that write several branches, and the others. `least`: queries that this must save."
+        wide, n = [len(row.live) > 1 for row in self.rows], len(self.rows)
+        many = sum(wide)
+        saved = (n - many) * (max(len(row.live) for row in self.rows) - 1)
+        if not many or saved < least or self.device.type != "cpu": return [slice(n)]
+        for a, b in zip([r for r in range(many) if not wide[r]], [r for r in range(many, n) if wide[r]]): self._swap(a, b)
+        return [slice(many), slice(many, n)]
+
+    def _swap(self, a, b):
+        "Let two rows change places."
+        self.cache.swap(a, b, max(self.rows[a].used, self.rows[b].used))
+        self.mask[[a, b]] = self.mask[[b, a]]
+        self.rows[a], self.rows[b] = self.rows[b], self.rows[a]
+
+
 # %% ../nbs/08_decode.ipynb #ec76add0
 class Decoder(Decoder):
-    def _grid(self, lives, slots, q):
-        "Ids, positions and slots, (R, q) each, of the last token of every live branch; padding goes to the last slot."
-        grid = torch.zeros(3, len(self.rows), q, dtype=torch.long)
+    def _grid(self, lives, slots, rows, q):
+        "Ids, positions and slots, (rows, q) each, of the last token of every live branch; padding goes to the last slot."
+        grid = torch.zeros(3, rows, q, dtype=torch.long)
         grid[2] = self.cache.slots - 1
         r, k = [x[0] for x in lives], [x[1] for x in lives]
         grid[:, r, k] = torch.tensor([[b.ids[-1] for *_, b in lives], [b.position for *_, b in lives], slots])
@@ -528,19 +550,25 @@ class Decoder(Decoder):
 # %% ../nbs/08_decode.ipynb #4348695d
 class Decoder(Decoder):
     def _advance(self):
-        "One forward pass: every live branch of every problem reads its last token and writes the next."
+        "Every live branch of every problem reads its last token and writes the next."
         if not self.rows: return
         self.step += 1
         self.stats["steps"] += 1
-        lives = [(r, k, row, live) for r, row in enumerate(self.rows) for k, live in enumerate(row.live)]
+        for rows in self._stretches(): self._read(rows)
+
+    def _read(self, rows):
+        "One forward pass, over the problems of a slice of the rows."
+        some = self.rows[rows]
+        lives = [(r, k, row, live) for r, row in enumerate(some) for k, live in enumerate(row.live)]
         slots = [row.take(1)[0] for _, _, row, _ in lives]
-        for row in self.rows: row.load.append((len(row.live), row.used))
-        used, q = max(row.used for row in self.rows), max(len(row.live) for row in self.rows)
+        for row in some: row.load.append((len(row.live), row.used))
+        used, q = max(row.used for row in some), max(len(row.live) for row in some)
         self._room(used, q)
         r, k = [x[0] for x in lives], [x[1] for x in lives]
-        ids, positions, where = self._grid(lives, slots, q)
-        self.mask[r, k, slots] = 0
-        logits = self._forward(len(self.rows), ids, positions, where, self.mask[:len(self.rows), :q, :used], used)
+        ids, positions, where = self._grid(lives, slots, len(some), q)
+        mask = self.mask[rows]
+        mask[r, k, slots] = 0
+        logits = self._forward(rows, ids, positions, where, mask[:, :q, :used], used)
         for (*_, live), slot in zip(lives, slots):
             live.slots.append(slot)
             live.position += 1

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
            'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'crowded', 'worded',
-           'rewired', 'balanced', 'deep', 'wide', 'narrow', 'Recipe', 'get_recipe', 'mean_weights', 'train_recipe']
+           'rewired', 'balanced', 'deep', 'wide', 'wider', 'narrow', 'Recipe', 'get_recipe', 'mean_weights',
+           'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -362,11 +363,15 @@ def deep(rng, step):
     if draw < .5: return training_problem(rng, ["gsm8k"], redraw=draw < .45)
     return crowded(rng, step) if draw < .75 else curriculum(rng, 10 ** 6)
 
-def wide(rng, step):
+def wide(rng, step, least=2):
     "Every other problem is a sum of 2 to 32 products, the others are `balanced`."
     if rng.random() < .5: return balanced(rng, step)
-    n = rng.randint(2, 32)
+    n = rng.randint(least, 32)
     return training_problem(rng, ["sums"], n=n, digits=1 if n > 16 else rng.choice([1, 2, None]))
+
+def wider(rng, step):
+    "As `wide`, but every other of the sums has 26 products or more, so that the names behind `z` are no rarity."
+    return wide(rng, step, least=rng.choice([2, 26]))
 
 def narrow(rng, step):
     "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
@@ -401,10 +406,11 @@ RECIPES = {
     "tiny-sft": Recipe(("tiny-sft-sixth", "tiny-sft-seventh", "tiny-sft-eighth"), None),
     "tiny-sft-random": Recipe("tiny-sft", SFTConfig(steps=300, batch=16, lr=1e-3, optimizer="muon", fork="random", sequential=0.0,
                                                     autoregressive=0.1), hard_from=1000),
-    "tiny-sft-wide": Recipe("tiny-sft", replace(_MERGE, fork=True), wide),
-    "tiny-sft-nested": Recipe("tiny-sft", _MERGE, wide),
-    "tiny-sft-result": Recipe("tiny-sft", replace(_MERGE, join="result"), wide),
-    "tiny-sft-kv": Recipe("tiny-sft", replace(_MERGE, join="kv"), wide),
+    "tiny-sft-nested-first": Recipe("tiny-sft", _MERGE, wide),
+    "tiny-sft-nested": Recipe("tiny-sft-nested-first", _MERGE, wider),
+    "tiny-sft-wide": Recipe("tiny-sft-nested-first", replace(_MERGE, fork=True), wider),
+    "tiny-sft-result": Recipe("tiny-sft-nested-first", replace(_MERGE, join="result"), wider),
+    "tiny-sft-kv": Recipe("tiny-sft-nested-first", replace(_MERGE, join="kv"), wider),
     "tiny-window": Recipe("tiny-512", SFTConfig(steps=2500, batch=10, micro_tokens=1024, lr=5e-3, optimizer="muon", join="result", fork="nested",
                                                 sequential=.15, autoregressive=0.0, window=512, leaves=5), narrow),
 }
