@@ -1,8 +1,13 @@
 """The comparison of merges: what it counts, against counts by hand."""
+import json
+
 import pytest
 from helpers import TOKENIZERS, tiny
 from test_decode import ROOMY, Script, block
+from typer.testing import CliRunner
 
+from threadweaver_ref import merges
+from threadweaver_ref.cli import app
 from threadweaver_ref.decode import DecodeConfig, generate, reread
 from threadweaver_ref.merges import PARTS, measure, merge_bench, wide_sums
 from threadweaver_ref.tasks import held_out
@@ -43,3 +48,13 @@ def test_unknown_part():
     with pytest.raises(ValueError, match="unknown part 'flat': choose from joins, flat_and_nested, beyond_the_window, deadlines"):
         merge_bench(["flat"])
     assert set(PARTS) == {"joins", "flat_and_nested", "beyond_the_window", "deadlines"}
+
+
+def test_parts_measured_before_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(merges, "PARTS", {part: lambda n: [n] for part in PARTS})
+    out = tmp_path / "merges.json"
+    for part, n in (("joins", 3), ("deadlines", 4), ("joins", 5)):
+        assert CliRunner().invoke(app, ["merges", "--part", part, "--problems", str(n), "--out", str(out)]).exit_code == 0
+    found = json.loads(out.read_text())
+    assert (found["joins"], found["deadlines"]) == ([5], [4]) and set(found["measured"]) == {"joins", "deadlines"}
+    assert all(r["commit"] and r["torch"] for r in found["measured"].values())

@@ -139,7 +139,9 @@ def merges(
     "Compare the three joins, flat and nested forks, a small window, and deadlines."
     from threadweaver_ref.merges import merge_bench
     result = merge_bench(*([part] if part else []), n=problems)
-    if part and out and out.is_file(): result = {**json.loads(out.read_text()), **result}   # the other parts stay
+    if part and out and out.is_file():   # the other parts stay
+        old = json.loads(out.read_text())
+        result = {**old, **result, "measured": {**old["measured"], **result["measured"]}}
     typer.echo(json.dumps(result, indent=1))
     _save(out, result)
 
