@@ -536,7 +536,6 @@ class Decoder(Decoder):
         self.mask[[a, b]] = self.mask[[b, a]]
         self.rows[a], self.rows[b] = self.rows[b], self.rows[a]
 
-
 # %% ../nbs/08_decode.ipynb #ec76add0
 class Decoder(Decoder):
     def _grid(self, lives, slots, rows, q):
