@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
            'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'crowded', 'worded',
-           'rewired', 'balanced', 'deep', 'wide', 'wider', 'narrow', 'Recipe', 'get_recipe', 'mean_weights',
+           'rewired', 'balanced', 'deep', 'wide', 'wider', 'levelled', 'narrow', 'Recipe', 'get_recipe', 'mean_weights',
            'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
@@ -373,6 +373,14 @@ def wider(rng, step):
     "As `wide`, but every other of the sums has 26 products or more, so that the names behind `z` are no rarity."
     return wide(rng, step, least=rng.choice([2, 26]))
 
+def levelled(rng, step):
+    "What `wider` shows too little: half are sums of 2 to 16 products, most of 8 and more, a tenth wide sums, three in twenty `nested`, a quarter `balanced`."
+    draw = rng.random()
+    if draw < .35: return training_problem(rng, ["sums"], n=rng.randint(8, 16), digits=rng.choice([None, None, 2]))
+    if draw < .5: return training_problem(rng, ["sums"], n=rng.randint(2, 8), digits=rng.choice([None, 3]))
+    if draw < .6: return training_problem(rng, ["sums"], n=rng.randint(17, 32), digits=1)
+    return training_problem(rng, ["nested"]) if draw < .75 else balanced(rng, step)
+
 def narrow(rng, step):
     "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
     n = rng.randint(2, 24 if step > 300 else 9)
@@ -389,6 +397,7 @@ class Recipe:
 
 _FORK = SFTConfig(batch=18, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.3, autoregressive=0.05, leaves=3)
 _MERGE = SFTConfig(steps=500, batch=10, micro_tokens=1024, lr=2e-3, optimizer="muon", fork="nested", sequential=.2, autoregressive=0.0, leaves=6)
+_LEVEL = replace(_MERGE, steps=350, lr=1e-3, sequential=.25)
 
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=3500, batch=16, micro_tokens=1024, lr=5e-3, optimizer="muon", warmup=0.02, sequential=1.0,
@@ -409,10 +418,15 @@ RECIPES = {
     "tiny-sft-nested-first": Recipe("tiny-sft", _MERGE, wide),
     "tiny-sft-nested-second": Recipe("tiny-sft-nested-first", _MERGE, wider),
     "tiny-sft-nested-third": Recipe("tiny-sft-nested-second", replace(_MERGE, steps=250, lr=1e-3), wider),
-    "tiny-sft-nested": Recipe(("tiny-sft-nested-second", "tiny-sft-nested-third"), None),
+    "tiny-sft-nested-fourth": Recipe(("tiny-sft-nested-second", "tiny-sft-nested-third"), _LEVEL, levelled),
+    "tiny-sft-nested": Recipe(("tiny-sft-nested-second", "tiny-sft-nested-third", "tiny-sft-nested-fourth"), None),
     "tiny-sft-wide": Recipe("tiny-sft-nested-first", replace(_MERGE, fork=True), wider),
-    "tiny-sft-result": Recipe("tiny-sft-nested-first", replace(_MERGE, join="result"), wider),
-    "tiny-sft-kv": Recipe("tiny-sft-nested-first", replace(_MERGE, join="kv"), wider),
+    "tiny-sft-result-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="result"), wider),
+    "tiny-sft-result-second": Recipe("tiny-sft-result-first", replace(_LEVEL, join="result"), levelled),
+    "tiny-sft-result": Recipe(("tiny-sft-result-first", "tiny-sft-result-second"), None),
+    "tiny-sft-kv-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="kv"), wider),
+    "tiny-sft-kv-second": Recipe("tiny-sft-kv-first", replace(_LEVEL, join="kv"), levelled),
+    "tiny-sft-kv": Recipe(("tiny-sft-kv-first", "tiny-sft-kv-second"), None),
     "tiny-window": Recipe("tiny-512", SFTConfig(steps=2500, batch=10, micro_tokens=1024, lr=5e-3, optimizer="muon", join="result", fork="nested",
                                                 sequential=.15, autoregressive=0.0, window=512, leaves=5), narrow),
 }
