@@ -621,16 +621,16 @@ def spied(monkeypatch):
     class Spy(FlatCache):
         def aim(self, rows, where, used):
             super().aim(rows, where, used)
-            log.append({"flat": self.flat.tolist(), "moved": False})
+            log.append({"flat": (self.row * self.slots + self.where).flatten().tolist(), "moved": False})
 
         def update(self, keys, values, layer, *args, **kwargs):
             stores = [s[layer] for s in (self.keys, self.values) if layer < len(s)]
             before = [(s.data_ptr(), s.clone()) for s in stores]
             out = super().update(keys, values, layer, *args, **kwargs)
-            others = [i for i in range(self.rows * self.slots) if i not in set(self.flat.tolist())]
+            others = [i for i in range(self.rows * self.slots) if i not in set(log[-1]["flat"])]
             for (address, old), store in zip(before, [self.keys[layer], self.values[layer]], strict=False):
                 log[-1]["moved"] |= store.data_ptr() != address
-                assert torch.equal(store.flatten(0, 1)[others], old.flatten(0, 1)[others])
+                assert torch.equal(store.transpose(1, 2).flatten(0, 1)[others], old.transpose(1, 2).flatten(0, 1)[others])
             return out
 
         def move(self, source, target, used): log.append("move"); super().move(source, target, used)
@@ -677,9 +677,9 @@ def test_cache_grows_and_moves():
     cache.aim(torch.tensor([1]), torch.tensor([[9]]), 10)
     grown, _ = cache.update(k[:1, :, :1] + 100, k[:1, :, :1], 0)
     assert grown.shape == (1, 3, 10, 5) and torch.equal(grown[0, :, :2], k[1].flip(1)) and torch.equal(grown[0, :, 9], k[0, :, 0] + 100)
-    first, second = cache.keys[0][0, :10].clone(), cache.keys[0][1, :10].clone()
+    first, second = cache.keys[0][0, :, :10].clone(), cache.keys[0][1, :, :10].clone()
     cache.swap(0, 1, 10)
-    assert torch.equal(cache.keys[0][0, :10], second) and torch.equal(cache.keys[0][1, :10], first) and not torch.equal(first, second)
+    assert torch.equal(cache.keys[0][0, :, :10], second) and torch.equal(cache.keys[0][1, :, :10], first) and not torch.equal(first, second)
     cache.move(1, 0, 10)
     assert torch.equal(cache.keys[0][0], cache.keys[0][1]) and cache.get_seq_length() == 10
 

@@ -27,7 +27,7 @@ from .tree import SpanTree, sliding_window
 
 # %% ../nbs/08_decode.ipynb #a5cb1cfa
 class FlatCache(Cache):
-    """Keys and values of R problems, S slots each: (R, S, H, D) for every layer. Where a token lies says nothing about
+    """Keys and values of R problems, S slots each: (R, H, S, D) for every layer. Where a token lies says nothing about
     what it sees or where it stands; that is the business of mask and positions. The last slot takes padding."""
     def __init__(self, rows: int, slots: int):
         super().__init__(layers=[])
@@ -41,8 +41,7 @@ class FlatCache(Cache):
     ):
         "Say where the next forward pass writes."
         row = torch.arange(self.rows, device=where.device)[rows]
-        self.flat = (row[:, None] * self.slots + where).reshape(-1)   # (r * q,)
-        self.read, self.used = rows, used
+        self.row, self.where, self.read, self.used = row[:, None], where, rows, used
 
 # %% ../nbs/08_decode.ipynb #f38b227b
 class FlatCache(FlatCache):
@@ -50,12 +49,18 @@ class FlatCache(FlatCache):
         "Write (r, H, q, D) into the slots aimed at; return everything in use, (r, H, used, D)."
         if layer_idx == len(self.keys):
             for store in (self.keys, self.values):
-                store.append(key_states.new_zeros(self.rows, self.slots, key_states.shape[1], key_states.shape[3]))
+                store.append(key_states.new_zeros(self.rows, key_states.shape[1], self.slots, key_states.shape[3]))
+        if layer_idx == 0: self.flat = self._flat(key_states.shape[1])
         return tuple(self._put(store[layer_idx], new) for store, new in ((self.keys, key_states), (self.values, value_states)))
 
+    def _flat(self, heads):
+        "(r * H * q,) where the new keys go in a cache seen as one list of vectors."
+        line = self.row * heads + torch.arange(heads, device=self.where.device)   # (r, H)
+        return (line[:, :, None] * self.slots + self.where[:, None]).reshape(-1)
+
     def _put(self, store, new):
-        store.view(-1, *store.shape[2:]).index_copy_(0, self.flat, new.transpose(1, 2).reshape(-1, *store.shape[2:]))
-        return store[self.read, :self.used].transpose(1, 2)   # (r, H, used, D)
+        store.view(-1, store.shape[3]).index_copy_(0, self.flat, new.reshape(-1, store.shape[3]))
+        return store[self.read, :, :self.used]   # (r, H, used, D)
 
     def get_seq_length(self, layer_idx=0): return 0 if not self.keys else self.used
     @property
@@ -65,18 +70,18 @@ class FlatCache(FlatCache):
 class FlatCache(FlatCache):
     def move(self, source, target, used):
         "Copy one row onto another."
-        for store in (*self.keys, *self.values): store[target, :used] = store[source, :used]
+        for store in (*self.keys, *self.values): store[target, :, :used] = store[source, :, :used]
 
     def swap(self, a, b, used):
         "Let two rows change places."
-        for store in (*self.keys, *self.values): store[[a, b], :used] = store[[b, a], :used]
+        for store in (*self.keys, *self.values): store[[a, b], :, :used] = store[[b, a], :, :used]
 
     def grow(self, slots):
         "Make room for `slots` slots a row."
         for stores in (self.keys, self.values):
             for i, old in enumerate(stores):
-                stores[i] = old.new_zeros(self.rows, slots, *old.shape[2:])
-                stores[i][:, :self.slots - 1] = old[:, :-1]
+                stores[i] = old.new_zeros(*old.shape[:2], slots, old.shape[3])
+                stores[i][:, :, :self.slots - 1] = old[:, :, :-1]
         self.slots = slots
 
 # %% ../nbs/08_decode.ipynb #8790206a

@@ -374,7 +374,7 @@ def wider(rng, step):
     return wide(rng, step, least=rng.choice([2, 26]))
 
 def levelled(rng, step):
-    "What `wider` shows too little: half are sums of 2 to 16 products, most of 8 and more, a tenth wide sums, three in twenty `nested`, a quarter `balanced`."
+    "What `wider` shows too little: every other problem is a sum of 2 to 16 products, a tenth are wide sums, three in twenty are `nested`."
     draw = rng.random()
     if draw < .35: return training_problem(rng, ["sums"], n=rng.randint(8, 16), digits=rng.choice([None, None, 2]))
     if draw < .5: return training_problem(rng, ["sums"], n=rng.randint(2, 8), digits=rng.choice([None, 3]))
