@@ -150,11 +150,16 @@ def merges(
 def policies(
     runs: Path = typer.Option(Path("runs"), help="where `train` left its runs"),
     problems: int = typer.Option(100, help="held-out problems of each family", min=1),
+    speed: bool = typer.Option(False, "--speed", help="instead, time a training step of 16 problems x 8 rollouts"),
     out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
 ):
     "Compare what P-GRPO made: every recipe and seed that was trained, greedy on the held-out sets."
     from threadweaver_ref.bench import provenance
-    from threadweaver_ref.policy import measure_policies
+    from threadweaver_ref.policy import measure_policies, step_bench
+    if speed:
+        result = {**provenance(0), **step_bench()}
+        typer.echo(json.dumps(result, indent=1))
+        return _save(out, result)
     found = measure_policies(runs, problems)
     for row in found["policies"]:
         typer.echo(f"{row['recipe']}, seed {row['seed']}, {row['mode']}: " + ", ".join(

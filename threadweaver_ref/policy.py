@@ -6,7 +6,7 @@
 __all__ = ['PGRPO_RECIPES', 'eta', 'reward', 'group_advantages', 'pgrpo_loss', 'behaviour', 'by_family', 'decoding_copy',
            'score_group', 'PGRPOConfig', 'roll_out', 'greedy', 'train_pgrpo', 'decisions', 'show_log', 'live_plot',
            'self_train', 'of_group', 'token_latency', 'latency_reward', 'PGRPORecipe', 'validation',
-           'train_pgrpo_recipe', 'measure_policies']
+           'train_pgrpo_recipe', 'step_bench', 'measure_policies']
 
 # %% ../nbs/09_policy.ipynb #d073db8d
 import copy
@@ -374,6 +374,27 @@ def train_pgrpo_recipe(
     _self_training(model, tokenizer, recipe, config)
     log = train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, validation() if config.eval_every else (), on_step)
     return model, tokenizer, log
+
+# %% ../nbs/09_policy.ipynb #5be9c4a1
+def step_bench(problems=16, group=8, alone=32, steps=3) -> dict:
+    """Seconds of a training step of `problems` x `group` rollouts, after one to warm up: medians of `steps`.
+
+    And how many times longer a rollout takes decoded by itself (mean of `alone` of them) than as one of the batch."""
+    recipe = PGRPO_RECIPES["tiny-rl"]
+    model, tokenizer = load_policy(recipe.start, device="cpu")
+    model, chosen = add_lora(model, recipe.rank, 2 * recipe.rank), [decisions(random.Random(f"speed {i}"), 0) for i in range(problems)]
+    config = replace(recipe.config, steps=steps + 1, batch=problems, group=group, eval_every=0)
+    log = train_pgrpo(model, tokenizer, chosen, config, recipe.reward)[1:]
+    median = lambda key: statistics.median(row[key] for row in log)
+    began = time.perf_counter()
+    roll_out(model, tokenizer, chosen, config)
+    together, began = (time.perf_counter() - began) / (problems * group), time.perf_counter()
+    decoding = DecodeConfig(config.mode, config.join, 1.0, limits=config.limits, batch=1)
+    numbers = range(0, problems * group, problems * group // alone)
+    generate(decoding_copy(model), tokenizer, [chosen[i // group].question for i in numbers], decoding, [(config.seed, 0, i) for i in numbers])
+    single = (time.perf_counter() - began) / len(numbers)
+    return {"problems": problems, "group": group, "threads": torch.get_num_threads(), "rollout_seconds": median("rollout_seconds"),
+            "update_seconds": median("update_seconds"), "alone_over_batched": single / together}
 
 # %% ../nbs/09_policy.ipynb #0b1d1d26
 def _found(runs):
