@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ from threadweaver_ref.policy import (
     score_group,
     self_train,
     train_pgrpo,
+    train_pgrpo_recipe,
 )
 from threadweaver_ref.seconds import StepCost
 from threadweaver_ref.sft import SFTConfig
@@ -346,19 +348,34 @@ def test_a_run_goes_on_with_its_own_reward_only(tmp_path):
 def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     "`threadweaver-ref train tiny-rl`: two folders, with the same logits; the merged one needs no peft."
     config = PGRPOConfig(steps=1, batch=1, group=2, limits=Limits(300, 150), lr=1e-2)
-    recipe = PGRPORecipe(lively, config, self_training=2, start="tiny-sft", problems=lambda rng, step: PROBLEM)
+    recipe = PGRPORecipe(lively, config, self_training=2, rounds=2, start="tiny-sft", problems=lambda rng, step: PROBLEM)
     monkeypatch.setitem(PGRPO_RECIPES, "tiny-rl", recipe)
     folders = ["--out", str(tmp_path / "rl"), "--runs", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["threadweaver-ref", "train", "tiny-rl", "--seed", "3", *folders])
     with pytest.raises(SystemExit) as stop: cli.main()
     assert not stop.value.code and (tmp_path / "rl" / "adapter_config.json").is_file() and not (tmp_path / "rl" / "config.json").exists()
     run = tmp_path / "runs" / "seed-3" / "tiny-rl"   # other seeds than 0 keep their runs apart
-    assert [json.loads(r)["step"] for r in (run / "self-training" / "log.jsonl").open()] == [1, 2]   # both rollouts, twice
+    trained, = (tmp_path / "runs" / "seed-3").glob("self-training-parallel-*")
+    for k in (1, 2): assert [json.loads(r)["step"] for r in (trained / f"round-{k}" / "log.jsonl").open()] == [1, 2]   # both rollouts, twice
     assert '"seed": 3' in next(run.glob("step-*/step.json")).read_text()
     adapted, tokenizer = load_policy("tiny-sft", adapter=tmp_path / "rl", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "rl-merged")
     ids = torch.tensor([encode_prompt(tokenizer, PROBLEM.question)])
     with torch.no_grad(): assert (adapted(ids).logits - merged(ids).logits).abs().max() < 1e-4
+
+
+def test_runs_that_begin_alike_share_their_self_training(tmp_path, monkeypatch):
+    config = PGRPOConfig(steps=1, batch=1, group=2, limits=Limits(300, 150), lr=1e-9)
+    recipe = PGRPORecipe(lively, config, self_training=2, rounds=1, start="tiny-sft", problems=lambda rng, step: PROBLEM)
+    for name in ("tiny-rl", "tiny-rl-eq7"): monkeypatch.setitem(PGRPO_RECIPES, name, recipe)
+    first, *_ = train_pgrpo_recipe("tiny-rl", tmp_path)
+    monkeypatch.setattr(policy, "self_train", None)   # would fail
+    second, *_ = train_pgrpo_recipe("tiny-rl-eq7", tmp_path)
+    assert torch.allclose(adapters(first), adapters(second), atol=1e-6)
+    assert (adapters(second) == 0).double().mean() < .1   # half of an adapter starts at 0: something was trained
+    for changed in (replace(recipe, rounds=2), replace(recipe, config=replace(config, mode="sequential"))):
+        monkeypatch.setitem(PGRPO_RECIPES, "tiny-rl-eq7", changed)
+        with pytest.raises(TypeError): train_pgrpo_recipe("tiny-rl-eq7", tmp_path, folder=str(tmp_path / "third"))
 
 
 PROCESS = """

@@ -11,6 +11,7 @@ __all__ = ['PGRPO_RECIPES', 'eta', 'reward', 'group_advantages', 'pgrpo_loss', '
 # %% ../nbs/09_policy.ipynb #d073db8d
 import copy
 import functools
+import hashlib
 import math
 import random
 import statistics
@@ -23,7 +24,8 @@ import matplotlib.pyplot as plt
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from .bench import share_of_oracle
@@ -253,7 +255,7 @@ def train_pgrpo(
 def decisions(rng, step):
     "A short problem with something to decide: two in seven from GSM8K, three are sums of up to 6 products, the others chains, products and brackets."
     name = rng.choice(["gsm8k", "gsm8k", "sums", "sums", "sums", rng.choice(["chain", "product"]), "nested"])
-    n, digits = rng.choice([(2, 1), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (6, 1)])
+    n, digits = rng.choice([(2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2), (6, 1)])
     options = {"gsm8k": dict(redraw=rng.random() < .5), "sums": dict(n=n, digits=digits),
                "chain": dict(n=2), "product": dict(n=3, digits=1), "nested": {}}[name]
     return training_problem(rng, [name], **options)
@@ -326,12 +328,13 @@ class PGRPORecipe:
     "How a policy is trained with P-GRPO."
     reward: Callable
     config: PGRPOConfig
-    self_training: int = 512   # rollouts of the self-training that comes first; 0: none
+    self_training: int = 512   # rollouts of each round of the self-training that comes first; 0: none
+    rounds: int = 3
     start: str = "tiny-sft-random"
     problems: Callable = decisions
     rank: int = 16             # of the adapter
 
-_RL = PGRPOConfig(steps=150, batch=8, eval_every=50, limits=Limits(max_tokens=768, max_thread_tokens=384))
+_RL = PGRPOConfig(steps=150, batch=8, eval_every=50, limits=Limits(max_tokens=1536, max_thread_tokens=768))
 PGRPO_RECIPES = {
     "tiny-rl": PGRPORecipe(functools.partial(latency_reward, rho=2.0, clip=0.5), _RL),
     "tiny-rl-eq7": PGRPORecipe(reward, _RL),
@@ -349,12 +352,25 @@ def validation(n=12) -> list:
     rng = random.Random("validation")
     return [training_problem(rng, [f]) for f in BENCH_FAMILIES for _ in range(n)]
 
+def _self_trained(recipe, config):
+    "Where the adapter lies after the self-training: runs in one folder that begin alike share it."
+    about = [recipe.start, recipe.rank, recipe.self_training, recipe.rounds, _describe(recipe.problems), config.join, config.seed, config.limits]
+    return Path(config.folder).parent / f"self-training-{config.mode}-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}"
+
 def _self_training(model, tokenizer, recipe, config):
-    "The self-training of a recipe, unless it is part of a checkpoint already."
+    "The self-training of a recipe, unless it is part of a checkpoint already, or was done for another run."
     if not recipe.self_training or (config.folder and any(Path(config.folder).glob("step-*"))): return
-    problems = [recipe.problems(random.Random(f"{config.seed} self-training {i}"), 0) for i in range(recipe.self_training)]
-    sft = SFTConfig(batch=16, lr=1e-3, micro_tokens=1024, seed=config.seed, folder=config.folder and str(Path(config.folder) / "self-training"))
-    self_train(model, tokenizer, problems, sft, DecodeConfig(config.mode, config.join, 1.0, limits=config.limits), epochs=2)
+    folder = config.folder and _self_trained(recipe, config)
+    if folder and (folder / "adapter").is_dir():
+        set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+        return
+    for k in range(recipe.rounds):
+        problems = [recipe.problems(random.Random(f"{config.seed} self-training {k} {i}"), 0) for i in range(recipe.self_training)]
+        sft = SFTConfig(batch=16, lr=1e-3, micro_tokens=1024, seed=config.seed, folder=folder and str(folder / f"round-{k + 1}"))
+        self_train(model, tokenizer, problems, sft, DecodeConfig(config.mode, config.join, 1.0, limits=config.limits), epochs=2)
+    if not folder or not PartialState().is_main_process: return
+    model.save_pretrained(folder / "adapter.part")
+    (folder / "adapter.part").rename(folder / "adapter")
 
 def train_pgrpo_recipe(
     name: str,     # in `PGRPO_RECIPES`
