@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
            'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'crowded', 'worded',
-           'rewired', 'balanced', 'deep', 'wide', 'wider', 'levelled', 'narrow', 'Recipe', 'get_recipe', 'mean_weights',
-           'train_recipe']
+           'rewired', 'balanced', 'deep', 'wide', 'wider', 'levelled', 'grouped', 'narrow', 'Recipe', 'get_recipe',
+           'mean_weights', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -381,6 +381,14 @@ def levelled(rng, step):
     if draw < .6: return training_problem(rng, ["sums"], n=rng.randint(17, 32), digits=1)
     return training_problem(rng, ["nested"]) if draw < .75 else balanced(rng, step)
 
+def grouped(rng, step):
+    "Two in five are sums of 11 to 16 products, where how they are grouped has to be got right; the rest as `levelled`, shorter sums and all."
+    draw = rng.random()
+    if draw < .4: return training_problem(rng, ["sums"], n=rng.randint(11, 16), digits=rng.choice([1, None]))
+    if draw < .5: return training_problem(rng, ["sums"], n=rng.randint(2, 10), digits=rng.choice([None, None, 3 if draw < .45 else 2]))
+    if draw < .6: return training_problem(rng, ["sums"], n=rng.randint(17, 32), digits=1)
+    return training_problem(rng, ["nested"]) if draw < .7 else balanced(rng, step)
+
 def narrow(rng, step):
     "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
     n = rng.randint(2, 24 if step > 300 else 9)
@@ -419,14 +427,14 @@ RECIPES = {
     "tiny-sft-nested-second": Recipe("tiny-sft-nested-first", _MERGE, wider),
     "tiny-sft-nested-third": Recipe("tiny-sft-nested-second", replace(_MERGE, steps=250, lr=1e-3), wider),
     "tiny-sft-nested-fourth": Recipe(("tiny-sft-nested-second", "tiny-sft-nested-third"), _LEVEL, levelled),
-    "tiny-sft-nested": Recipe(("tiny-sft-nested-second", "tiny-sft-nested-third", "tiny-sft-nested-fourth"), None),
+    "tiny-sft-nested": Recipe("tiny-sft-nested-fourth", replace(_LEVEL, steps=300), grouped),
     "tiny-sft-wide": Recipe("tiny-sft-nested-first", replace(_MERGE, fork=True), wider),
     "tiny-sft-result-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="result"), wider),
     "tiny-sft-result-second": Recipe("tiny-sft-result-first", replace(_LEVEL, join="result"), levelled),
-    "tiny-sft-result": Recipe(("tiny-sft-result-first", "tiny-sft-result-second"), None),
+    "tiny-sft-result": Recipe("tiny-sft-result-second", replace(_LEVEL, steps=300, join="result"), grouped),
     "tiny-sft-kv-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="kv"), wider),
     "tiny-sft-kv-second": Recipe("tiny-sft-kv-first", replace(_LEVEL, join="kv"), levelled),
-    "tiny-sft-kv": Recipe(("tiny-sft-kv-first", "tiny-sft-kv-second"), None),
+    "tiny-sft-kv": Recipe("tiny-sft-kv-second", replace(_LEVEL, steps=300, join="kv"), grouped),
     "tiny-window": Recipe("tiny-512", SFTConfig(steps=2500, batch=10, micro_tokens=1024, lr=5e-3, optimizer="muon", join="result", fork="nested",
                                                 sequential=.15, autoregressive=0.0, window=512, leaves=5), narrow),
 }
