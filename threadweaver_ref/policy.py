@@ -33,6 +33,7 @@ from .decode import DecodeConfig, generate
 from .forkjoin import MODES, Limits
 from .merge import get_join
 from .model import add_lora, load_policy, merge_lora
+from .seconds import cpu_seconds
 from .sft import SFTConfig, _same_start, _train, _update, micro_batches, step_problems, train_sft
 from .tasks import BENCH_FAMILIES, bench, grade, oracle, training_problem
 
@@ -337,6 +338,7 @@ class PGRPORecipe:
 _RL = PGRPOConfig(steps=150, batch=8, eval_every=50, limits=Limits(max_tokens=1536, max_thread_tokens=768))
 PGRPO_RECIPES = {
     "tiny-rl": PGRPORecipe(functools.partial(latency_reward, rho=2.0, clip=0.5), _RL),
+    "tiny-rl-seconds": PGRPORecipe(functools.partial(latency_reward, rho=2.0, clip=0.5, cost=cpu_seconds), _RL),   # of `09b_seconds`
     "tiny-rl-eq7": PGRPORecipe(reward, _RL),
     "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), replace(_RL, mode="sequential")),   # also: no parallel rollouts
     "tiny-rl-eq7-std": PGRPORecipe(reward, replace(_RL, normalize="std")),
