@@ -348,7 +348,7 @@ def test_a_run_goes_on_with_its_own_reward_only(tmp_path):
 def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     "`threadweaver-ref train tiny-rl`: two folders, with the same logits; the merged one needs no peft."
     config = PGRPOConfig(steps=1, batch=1, group=2, limits=Limits(300, 150), lr=1e-2)
-    recipe = PGRPORecipe(lively, config, self_training=2, rounds=2, start="tiny-sft", problems=lambda rng, step: PROBLEM)
+    recipe = PGRPORecipe(lively, config, self_training=2, rounds=2, selection=2, selections=1, start="tiny-sft", problems=lambda rng, step: PROBLEM)
     monkeypatch.setitem(PGRPO_RECIPES, "tiny-rl", recipe)
     folders = ["--out", str(tmp_path / "rl"), "--runs", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["threadweaver-ref", "train", "tiny-rl", "--seed", "3", *folders])
@@ -366,7 +366,7 @@ def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
 
 def test_runs_that_begin_alike_share_their_self_training(tmp_path, monkeypatch):
     config = PGRPOConfig(steps=1, batch=1, group=2, limits=Limits(300, 150), lr=1e-9)
-    recipe = PGRPORecipe(lively, config, self_training=2, rounds=1, start="tiny-sft", problems=lambda rng, step: PROBLEM)
+    recipe = PGRPORecipe(lively, config, self_training=2, rounds=1, selection=0, start="tiny-sft", problems=lambda rng, step: PROBLEM)
     for name in ("tiny-rl", "tiny-rl-eq7"): monkeypatch.setitem(PGRPO_RECIPES, name, recipe)
     first, *_ = train_pgrpo_recipe("tiny-rl", tmp_path)
     monkeypatch.setattr(policy, "self_train", None)   # would fail

@@ -286,6 +286,12 @@ def live_plot(every=1):
     return on_step
 
 # %% ../nbs/09_policy.ipynb #4fa4c672
+def _worth_keeping(rollouts, problem, reward):
+    "Of one problem's rollouts those that are right and well-formed; with a reward, the first of the best of them."
+    scores = score_group(reward, rollouts, problem) if reward else [0.0] * len(rollouts)
+    good = [(s, r) for s, r in zip(scores, rollouts) if grade(r.text, problem) and r.well_formed]
+    return [max(good, key=lambda x: x[0])[1]] if reward and good else [r for _, r in good]
+
 def self_train(
     model,
     tokenizer,
@@ -293,11 +299,13 @@ def self_train(
     sft=SFTConfig(batch=16, lr=1e-4),   # its number of steps is made from `epochs`
     decoding=DecodeConfig(temperature=1.0),
     epochs=1,
+    group=1,       # rollouts of each problem
+    reward=None,   # of every group keep the best by this alone; None: keep all
 ) -> tuple:
     "Roll out, keep what is right and well-formed, fine-tune on it in place: (kept rollouts, log). Raises `ValueError` if nothing is kept."
-    rollouts = generate(decoding_copy(model), tokenizer, [p.question for p in problems], decoding)
-    kept = [r for r, p in zip(rollouts, problems) if grade(r.text, p) and r.well_formed]
-    if not kept: raise ValueError(f"none of {len(problems)} rollouts was right and well-formed: there is nothing to train on")
+    rollouts = generate(decoding_copy(model), tokenizer, [p.question for p in problems for _ in range(group)], decoding)
+    kept = [r for i, p in enumerate(problems) for r in _worth_keeping(rollouts[i * group:(i + 1) * group], p, reward)]
+    if not kept: raise ValueError(f"none of {len(rollouts)} rollouts was right and well-formed: there is nothing to train on")
     batch = min(sft.batch, len(kept))
     return kept, train_sft(model, tokenizer, [r.tree for r in kept], replace(sft, batch=batch, steps=math.ceil(epochs * len(kept) / batch)))
 
@@ -331,18 +339,22 @@ class PGRPORecipe:
     config: PGRPOConfig
     self_training: int = 512   # rollouts of each round of the self-training that comes first; 0: none
     rounds: int = 3
+    selection: int = 160       # groups of each round that keeps the best of every group by the reward; 0: none
+    selections: int = 3        # such rounds
     start: str = "tiny-sft-random"
     problems: Callable = decisions
     rank: int = 16             # of the adapter
 
-_RL = PGRPOConfig(steps=150, batch=8, eval_every=50, limits=Limits(max_tokens=1536, max_thread_tokens=768))
+_QUICK = functools.partial(latency_reward, rho=1.5, clip=0.8)
+_RL = PGRPOConfig(steps=100, batch=8, eval_every=50, limits=Limits(max_tokens=1536, max_thread_tokens=768))
 PGRPO_RECIPES = {
-    "tiny-rl": PGRPORecipe(functools.partial(latency_reward, rho=2.0, clip=0.5), _RL),
-    "tiny-rl-seconds": PGRPORecipe(functools.partial(latency_reward, rho=2.0, clip=0.5, cost=cpu_seconds), _RL),   # of `09b_seconds`
+    "tiny-rl": PGRPORecipe(_QUICK, _RL),
+    "tiny-rl-seconds": PGRPORecipe(functools.partial(_QUICK, cost=cpu_seconds), _RL),   # of `09b_seconds`
     "tiny-rl-eq7": PGRPORecipe(reward, _RL),
     "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), replace(_RL, mode="sequential")),   # also: no parallel rollouts
     "tiny-rl-eq7-std": PGRPORecipe(reward, replace(_RL, normalize="std")),
-    "tiny-rl-eq7-direct": PGRPORecipe(reward, _RL, self_training=0),
+    "tiny-rl-unselected": PGRPORecipe(_QUICK, _RL, selection=0),
+    "tiny-rl-eq7-direct": PGRPORecipe(reward, _RL, self_training=0, selection=0),
     "tiny-rl-eq7-rho0": PGRPORecipe(functools.partial(reward, rho=0.0), _RL),
     "tiny-rl-eq7-rho2": PGRPORecipe(functools.partial(reward, rho=2.0), _RL),
     "tiny-rl-eq7-minus": PGRPORecipe(functools.partial(reward, incorrect=-1.0), _RL),
@@ -359,6 +371,19 @@ def _self_trained(recipe, config):
     about = [recipe.start, recipe.rank, recipe.self_training, recipe.rounds, _describe(recipe.problems), config.join, config.seed, config.limits]
     return Path(config.folder).parent / f"self-training-{config.mode}-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}"
 
+def _round(model, tokenizer, recipe, config, n, key, folder, **selection):
+    "A round of self-training on `n` problems, drawn by a key."
+    problems = [recipe.problems(random.Random(f"{config.seed} self-training {key} {i}"), 0) for i in range(n)]
+    sft = SFTConfig(batch=16, lr=1e-3, micro_tokens=1024, seed=config.seed, folder=folder and str(folder))
+    self_train(model, tokenizer, problems, sft, DecodeConfig(config.mode, config.join, 1.0, limits=config.limits), epochs=2, **selection)
+
+def _selecting(model, tokenizer, recipe, config):
+    "The rounds that keep the best of every group, unless they are part of a checkpoint already."
+    if not recipe.selection or (config.folder and any(Path(config.folder).glob("step-*"))): return
+    for k in range(recipe.selections):
+        folder = config.folder and Path(config.folder) / f"selection-{k + 1}"
+        _round(model, tokenizer, recipe, config, recipe.selection, f"selection {k}", folder, group=config.group, reward=recipe.reward)
+
 def _self_training(model, tokenizer, recipe, config):
     "The self-training of a recipe, unless it is part of a checkpoint already, or was done for another run."
     if not recipe.self_training or (config.folder and any(Path(config.folder).glob("step-*"))): return
@@ -366,10 +391,7 @@ def _self_training(model, tokenizer, recipe, config):
     if folder and (folder / "adapter").is_dir():
         set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
         return
-    for k in range(recipe.rounds):
-        problems = [recipe.problems(random.Random(f"{config.seed} self-training {k} {i}"), 0) for i in range(recipe.self_training)]
-        sft = SFTConfig(batch=16, lr=1e-3, micro_tokens=1024, seed=config.seed, folder=folder and str(folder / f"round-{k + 1}"))
-        self_train(model, tokenizer, problems, sft, DecodeConfig(config.mode, config.join, 1.0, limits=config.limits), epochs=2)
+    for k in range(recipe.rounds): _round(model, tokenizer, recipe, config, recipe.self_training, k, folder and folder / f"round-{k + 1}")
     if not folder or not PartialState().is_main_process: return
     model.save_pretrained(folder / "adapter.part")
     (folder / "adapter.part").rename(folder / "adapter")
@@ -390,6 +412,7 @@ def train_pgrpo_recipe(
     model = add_lora(model, recipe.rank, 2 * recipe.rank)
     model.peft_config["default"].base_model_name_or_path = recipe.start
     _self_training(model, tokenizer, recipe, config)
+    _selecting(model, tokenizer, recipe, config)
     log = train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, validation() if config.eval_every else (), on_step)
     return model, tokenizer, log
 
