@@ -364,6 +364,18 @@ def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     with torch.no_grad(): assert (adapted(ids).logits - merged(ids).logits).abs().max() < 1e-4
 
 
+def test_self_training_keeps_the_best_of_every_group():
+    model, tokenizer = load_policy("tiny-sft-random", device="cpu")
+    problems = [PROBLEM, sum_of_products([(3, 7), (8, 2), (5, 9)])]
+    config = DecodeConfig(temperature=1.0, limits=Limits(300, 150))
+    alike = generate(model, tokenizer, [p.question for p in problems for _ in range(6)], config)   # what self_train will see
+    kept, _ = self_train(copy.deepcopy(model), tokenizer, problems, SFTConfig(batch=2, lr=1e-9), config, group=6, reward=latency_reward)
+    assert len(kept) == 2
+    for k, p, group in zip(kept, problems, (alike[:6], alike[6:])):
+        good = [r.token_latency for r in group if grade(r.text, p) and r.well_formed]
+        assert k.token_latency == min(good) < max(good) and grade(k.text, p)
+
+
 def test_runs_that_begin_alike_share_their_self_training(tmp_path, monkeypatch):
     config = PGRPOConfig(steps=1, batch=1, group=2, limits=Limits(300, 150), lr=1e-9)
     recipe = PGRPORecipe(lively, config, self_training=2, rounds=1, selection=0, start="tiny-sft", problems=lambda rng, step: PROBLEM)
