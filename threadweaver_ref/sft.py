@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
            'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'crowded', 'worded',
-           'rewired', 'balanced', 'deep', 'wide', 'wider', 'levelled', 'grouped', 'narrow', 'Recipe', 'get_recipe',
-           'mean_weights', 'train_recipe']
+           'rewired', 'balanced', 'deep', 'wide', 'wider', 'levelled', 'grouped', 'evened', 'narrow', 'Recipe',
+           'get_recipe', 'mean_weights', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -389,6 +389,12 @@ def grouped(rng, step):
     if draw < .6: return training_problem(rng, ["sums"], n=rng.randint(17, 32), digits=1)
     return training_problem(rng, ["nested"]) if draw < .7 else balanced(rng, step)
 
+def evened(rng, step):
+    "Half are sums of 8 to 16 products (two in five) or fewer (one in ten), of one, two and mixed digits; the rest as `grouped`."
+    draw = rng.random()
+    if draw < .4: return training_problem(rng, ["sums"], n=rng.randint(8, 16), digits=rng.choice([1, None, None, 2]))
+    return grouped(rng, step) if draw < .5 else rng.choice([levelled, balanced])(rng, step)
+
 def narrow(rng, step):
     "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
     n = rng.randint(2, 24 if step > 300 else 9)
@@ -427,7 +433,8 @@ RECIPES = {
     "tiny-sft-nested-second": Recipe("tiny-sft-nested-first", _MERGE, wider),
     "tiny-sft-nested-third": Recipe("tiny-sft-nested-second", replace(_MERGE, steps=250, lr=1e-3), wider),
     "tiny-sft-nested-fourth": Recipe(("tiny-sft-nested-second", "tiny-sft-nested-third"), _LEVEL, levelled),
-    "tiny-sft-nested": Recipe("tiny-sft-nested-fourth", replace(_LEVEL, steps=300), grouped),
+    "tiny-sft-nested-fifth": Recipe("tiny-sft-nested-fourth", replace(_LEVEL, steps=300), grouped),
+    "tiny-sft-nested-sixth": Recipe(("tiny-sft-nested-fourth", "tiny-sft-nested-fifth"), replace(_LEVEL, steps=300, batch=16), evened),
     "tiny-sft-wide": Recipe("tiny-sft-nested-first", replace(_MERGE, fork=True), wider),
     "tiny-sft-result-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="result"), wider),
     "tiny-sft-result-second": Recipe("tiny-sft-result-first", replace(_LEVEL, join="result"), levelled),
