@@ -254,9 +254,9 @@ def train_pgrpo(
 
 # %% ../nbs/09_policy.ipynb #7e9dedbd
 def decisions(rng, step):
-    "A short problem with something to decide: two in seven from GSM8K, three are sums of up to 6 products, the others chains, products and brackets."
-    name = rng.choice(["gsm8k", "gsm8k", "sums", "sums", "sums", rng.choice(["chain", "product"]), "nested"])
-    n, digits = rng.choice([(2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2), (6, 1)])
+    "A problem with something to decide, mostly short: a quarter from GSM8K, three in eight sums, a quarter brackets, the others chains and products."
+    name = rng.choice(["gsm8k", "gsm8k", "sums", "sums", "sums", "nested", "nested", rng.choice(["chain", "product"])])
+    n, digits = rng.choice([(2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2), (6, 1), (rng.randint(8, 16), 1)])
     options = {"gsm8k": dict(redraw=rng.random() < .5), "sums": dict(n=n, digits=digits),
                "chain": dict(n=2), "product": dict(n=3, digits=1), "nested": {}}[name]
     return training_problem(rng, [name], **options)
@@ -340,13 +340,13 @@ class PGRPORecipe:
     self_training: int = 512   # rollouts of each round of the self-training that comes first; 0: none
     rounds: int = 3
     selection: int = 160       # groups of each round that keeps the best of every group by the reward; 0: none
-    selections: int = 3        # such rounds
+    selections: int = 2        # such rounds
     start: str = "tiny-sft-random"
     problems: Callable = decisions
     rank: int = 16             # of the adapter
 
 _QUICK = functools.partial(latency_reward, rho=1.5, clip=0.8)
-_RL = PGRPOConfig(steps=100, batch=8, eval_every=50, limits=Limits(max_tokens=1536, max_thread_tokens=768))
+_RL = PGRPOConfig(steps=80, batch=8, eval_every=40, limits=Limits(max_tokens=1536, max_thread_tokens=768))
 PGRPO_RECIPES = {
     "tiny-rl": PGRPORecipe(_QUICK, _RL),
     "tiny-rl-seconds": PGRPORecipe(functools.partial(_QUICK, cost=cpu_seconds), _RL),   # of `09b_seconds`

@@ -438,10 +438,10 @@ RECIPES = {
     "tiny-sft-wide": Recipe("tiny-sft-nested-first", replace(_MERGE, fork=True), wider),
     "tiny-sft-result-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="result"), wider),
     "tiny-sft-result-second": Recipe("tiny-sft-result-first", replace(_LEVEL, join="result"), levelled),
-    "tiny-sft-result": Recipe("tiny-sft-result-second", replace(_LEVEL, steps=300, join="result"), grouped),
+    "tiny-sft-result-third": Recipe("tiny-sft-result-second", replace(_LEVEL, steps=300, join="result"), grouped),
+    "tiny-sft-result": Recipe(("tiny-sft-result-second", "tiny-sft-result-third"), None),
     "tiny-sft-kv-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="kv"), wider),
-    "tiny-sft-kv-second": Recipe("tiny-sft-kv-first", replace(_LEVEL, join="kv"), levelled),
-    "tiny-sft-kv": Recipe("tiny-sft-kv-second", replace(_LEVEL, steps=300, join="kv"), grouped),
+    "tiny-sft-kv": Recipe("tiny-sft-kv-first", replace(_LEVEL, join="kv"), levelled),
     "tiny-window": Recipe("tiny-512", SFTConfig(steps=2500, batch=10, micro_tokens=1024, lr=5e-3, optimizer="muon", join="result", fork="nested",
                                                 sequential=.15, autoregressive=0.0, window=512, leaves=5), narrow),
 }
