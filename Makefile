@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-POLICIES := tiny-base tiny-sft tiny-sft-random tiny-sft-wide tiny-sft-nested tiny-sft-result tiny-sft-kv tiny-window
+POLICIES := tiny-base tiny-sft tiny-sft-random tiny-sft-wide tiny-sft-nested tiny-sft-result tiny-sft-kv tiny-window tiny-rl
 
 .PHONY: demo test test-slow lab readme train clean
 

@@ -8,10 +8,10 @@ from helpers import bpe_tokenizer, rngs, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from threadweaver_ref.model import SIZES, add_lora, find_policy, load_policy, merge_lora, save_policy, tiny_model
-from threadweaver_ref.tokens import CONTROL_TOKENS, char_tokenizer, control_ids
+from threadweaver_ref.tokens import CONTROL_TOKENS, char_tokenizer, control_ids, encode_prompt
 
 TOKENIZER = char_tokenizer()
 
@@ -74,6 +74,15 @@ def test_round_trip(policy):
 def test_shipped():
     model, tokenizer = load_policy("tiny-base", device="cpu")
     assert len(tokenizer) == model.config.vocab_size
+
+
+def test_the_shipped_adapter_and_the_merged_policy_are_one():
+    adapted, tokenizer = load_policy("tiny-sft-random", adapter=find_policy("tiny-rl-merged").removesuffix("-merged"), device="cpu")
+    merged = AutoModelForCausalLM.from_pretrained(find_policy("tiny-rl-merged"))
+    ids = torch.tensor([encode_prompt(tokenizer, "347*6+58*9+21*74?")])
+    plain, _ = load_policy("tiny-sft-random", device="cpu")
+    with torch.no_grad(): one, other, start = (m(ids).logits for m in (adapted, merged, plain))
+    assert (one - other).abs().max() < 1e-4 < (one - start).abs().max()
 
 
 def test_names_are_not_downloaded(monkeypatch, tmp_path):

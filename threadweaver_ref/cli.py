@@ -78,7 +78,7 @@ def _summary(r):
 @app.command()
 def demo(
     problems: int = typer.Option(64, help="held-out problems, a third of them from GSM8K", min=8),
-    policy: str = typer.Option(POLICY),
+    policy: str = typer.Option("tiny-rl-merged"),
     out: Path = typer.Option(Path("demo"), help="folder for timeline.png and demo.json"),
 ):
     "The main job: held-out problems solved sequentially and in parallel, compared, one shown whole."
