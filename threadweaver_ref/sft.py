@@ -435,6 +435,7 @@ RECIPES = {
     "tiny-sft-nested-fourth": Recipe(("tiny-sft-nested-second", "tiny-sft-nested-third"), _LEVEL, levelled),
     "tiny-sft-nested-fifth": Recipe("tiny-sft-nested-fourth", replace(_LEVEL, steps=300), grouped),
     "tiny-sft-nested-sixth": Recipe(("tiny-sft-nested-fourth", "tiny-sft-nested-fifth"), replace(_LEVEL, steps=300, batch=16), evened),
+    "tiny-sft-nested": Recipe(("tiny-sft-nested-fourth", "tiny-sft-nested-fifth", *["tiny-sft-nested-sixth"] * 2), None),   # half the sixth
     "tiny-sft-wide": Recipe("tiny-sft-nested-first", replace(_MERGE, fork=True), wider),
     "tiny-sft-result-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="result"), wider),
     "tiny-sft-result-second": Recipe("tiny-sft-result-first", replace(_LEVEL, join="result"), levelled),
