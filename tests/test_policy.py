@@ -357,6 +357,7 @@ def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "seed-3" / "tiny-rl"   # other seeds than 0 keep their runs apart
     trained, = (tmp_path / "runs" / "seed-3").glob("self-training-parallel-*")
     for k in (1, 2): assert [json.loads(r)["step"] for r in (trained / f"round-{k}" / "log.jsonl").open()] == [1, 2]   # both rollouts, twice
+    assert (run / "selection-1" / "log.jsonl").is_file() and not (run / "selection-2").exists()
     assert '"seed": 3' in next(run.glob("step-*/step.json")).read_text()
     adapted, tokenizer = load_policy("tiny-sft", adapter=tmp_path / "rl", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "rl-merged")

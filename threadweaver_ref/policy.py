@@ -378,15 +378,14 @@ def _round(model, tokenizer, recipe, config, n, key, folder, **selection):
     self_train(model, tokenizer, problems, sft, DecodeConfig(config.mode, config.join, 1.0, limits=config.limits), epochs=2, **selection)
 
 def _selecting(model, tokenizer, recipe, config):
-    "The rounds that keep the best of every group, unless they are part of a checkpoint already."
-    if not recipe.selection or (config.folder and any(Path(config.folder).glob("step-*"))): return
-    for k in range(recipe.selections):
+    "The rounds that keep the best of every group."
+    for k in range(recipe.selections if recipe.selection else 0):
         folder = config.folder and Path(config.folder) / f"selection-{k + 1}"
         _round(model, tokenizer, recipe, config, recipe.selection, f"selection {k}", folder, group=config.group, reward=recipe.reward)
 
 def _self_training(model, tokenizer, recipe, config):
-    "The self-training of a recipe, unless it is part of a checkpoint already, or was done for another run."
-    if not recipe.self_training or (config.folder and any(Path(config.folder).glob("step-*"))): return
+    "The self-training of a recipe, or its outcome where it was done for another run."
+    if not recipe.self_training: return
     folder = config.folder and _self_trained(recipe, config)
     if folder and (folder / "adapter").is_dir():
         set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
@@ -411,8 +410,9 @@ def train_pgrpo_recipe(
     if config.folder: _same_start(model, config.folder)
     model = add_lora(model, recipe.rank, 2 * recipe.rank)
     model.peft_config["default"].base_model_name_or_path = recipe.start
-    _self_training(model, tokenizer, recipe, config)
-    _selecting(model, tokenizer, recipe, config)
+    if not (config.folder and any(Path(config.folder).glob("step-*"))):   # a checkpoint holds what they did
+        _self_training(model, tokenizer, recipe, config)
+        _selecting(model, tokenizer, recipe, config)
     log = train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, validation() if config.eval_every else (), on_step)
     return model, tokenizer, log
 

@@ -382,7 +382,7 @@ def levelled(rng, step):
     return training_problem(rng, ["nested"]) if draw < .75 else balanced(rng, step)
 
 def grouped(rng, step):
-    "Two in five are sums of 11 to 16 products, where how they are grouped has to be got right; the rest as `levelled`, shorter sums and all."
+    "Two in five are sums of 11 to 16 products, for their grouping; a tenth each shorter sums, wide ones and `nested`, the rest `balanced`."
     draw = rng.random()
     if draw < .4: return training_problem(rng, ["sums"], n=rng.randint(11, 16), digits=rng.choice([1, None]))
     if draw < .5: return training_problem(rng, ["sums"], n=rng.randint(2, 10), digits=rng.choice([None, None, 3 if draw < .45 else 2]))
@@ -390,7 +390,7 @@ def grouped(rng, step):
     return training_problem(rng, ["nested"]) if draw < .7 else balanced(rng, step)
 
 def evened(rng, step):
-    "Half are sums of 8 to 16 products (two in five) or fewer (one in ten), of one, two and mixed digits; the rest as `grouped`."
+    "Two in five are sums of 8 to 16 products of one, two and mixed digits; a tenth is `grouped`, a quarter each `levelled` and `balanced`."
     draw = rng.random()
     if draw < .4: return training_problem(rng, ["sums"], n=rng.randint(8, 16), digits=rng.choice([1, None, None, 2]))
     return grouped(rng, step) if draw < .5 else rng.choice([levelled, balanced])(rng, step)
