@@ -344,20 +344,25 @@ class PGRPORecipe:
     start: str = "tiny-sft-random"
     problems: Callable = decisions
     rank: int = 16             # of the adapter
+    taught: str | None = None  # how the self-training decodes, where that is not how the policy is trained
 
 _QUICK = functools.partial(latency_reward, rho=1.5, clip=0.8)
 _RL = PGRPOConfig(steps=80, batch=8, eval_every=40, limits=Limits(max_tokens=1536, max_thread_tokens=768))
+_SHORT = replace(_RL, steps=32, eval_every=0)
+_ABLATION = PGRPORecipe(reward, _SHORT, selection=0)
 PGRPO_RECIPES = {
     "tiny-rl": PGRPORecipe(_QUICK, _RL),
     "tiny-rl-seconds": PGRPORecipe(functools.partial(_QUICK, cost=cpu_seconds), _RL),   # of `09b_seconds`
     "tiny-rl-eq7": PGRPORecipe(reward, _RL),
-    "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), replace(_RL, mode="sequential")),   # also: no parallel rollouts
-    "tiny-rl-eq7-std": PGRPORecipe(reward, replace(_RL, normalize="std")),
-    "tiny-rl-unselected": PGRPORecipe(_QUICK, _RL, selection=0),
-    "tiny-rl-eq7-direct": PGRPORecipe(reward, _RL, self_training=0, selection=0),
-    "tiny-rl-eq7-rho0": PGRPORecipe(functools.partial(reward, rho=0.0), _RL),
-    "tiny-rl-eq7-rho2": PGRPORecipe(functools.partial(reward, rho=2.0), _RL),
-    "tiny-rl-eq7-minus": PGRPORecipe(functools.partial(reward, incorrect=-1.0), _RL),
+    "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), replace(_RL, mode="sequential")),
+    "tiny-rl-short": _ABLATION,   # the one that the others differ from, each in one thing
+    "tiny-rl-short-latency": replace(_ABLATION, reward=_QUICK),
+    "tiny-rl-short-rho0": replace(_ABLATION, reward=functools.partial(reward, rho=0.0)),
+    "tiny-rl-short-rho2": replace(_ABLATION, reward=functools.partial(reward, rho=2.0)),
+    "tiny-rl-short-minus": replace(_ABLATION, reward=functools.partial(reward, incorrect=-1.0)),
+    "tiny-rl-short-std": replace(_ABLATION, config=replace(_SHORT, normalize="std")),
+    "tiny-rl-short-untaught": replace(_ABLATION, self_training=0),
+    "tiny-rl-short-unforked": replace(_ABLATION, config=replace(_SHORT, mode="sequential"), taught="parallel"),   # no parallel rollouts
 }
 
 # %% ../nbs/09_policy.ipynb #53a5daf0
@@ -411,8 +416,9 @@ def train_pgrpo_recipe(
     model = add_lora(model, recipe.rank, 2 * recipe.rank)
     model.peft_config["default"].base_model_name_or_path = recipe.start
     if not (config.folder and any(Path(config.folder).glob("step-*"))):   # a checkpoint holds what they did
-        _self_training(model, tokenizer, recipe, config)
-        _selecting(model, tokenizer, recipe, config)
+        taught = replace(config, mode=recipe.taught or config.mode)
+        _self_training(model, tokenizer, recipe, taught)
+        _selecting(model, tokenizer, recipe, taught)
     log = train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, validation() if config.eval_every else (), on_step)
     return model, tokenizer, log
 

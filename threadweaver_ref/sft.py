@@ -412,6 +412,7 @@ class Recipe:
 _FORK = SFTConfig(batch=18, micro_tokens=1024, lr=2e-3, optimizer="muon", warmup=0.02, sequential=0.3, autoregressive=0.05, leaves=3)
 _MERGE = SFTConfig(steps=500, batch=10, micro_tokens=1024, lr=2e-3, optimizer="muon", fork="nested", sequential=.2, autoregressive=0.0, leaves=6)
 _LEVEL = replace(_MERGE, steps=350, lr=1e-3, sequential=.25)
+_EVEN = replace(_LEVEL, steps=300, batch=16)
 
 RECIPES = {
     "tiny-base": Recipe("tiny", SFTConfig(steps=3500, batch=16, micro_tokens=1024, lr=5e-3, optimizer="muon", warmup=0.02, sequential=1.0,
@@ -434,15 +435,18 @@ RECIPES = {
     "tiny-sft-nested-third": Recipe("tiny-sft-nested-second", replace(_MERGE, steps=250, lr=1e-3), wider),
     "tiny-sft-nested-fourth": Recipe(("tiny-sft-nested-second", "tiny-sft-nested-third"), _LEVEL, levelled),
     "tiny-sft-nested-fifth": Recipe("tiny-sft-nested-fourth", replace(_LEVEL, steps=300), grouped),
-    "tiny-sft-nested-sixth": Recipe(("tiny-sft-nested-fourth", "tiny-sft-nested-fifth"), replace(_LEVEL, steps=300, batch=16), evened),
+    "tiny-sft-nested-sixth": Recipe(("tiny-sft-nested-fourth", "tiny-sft-nested-fifth"), _EVEN, evened),
     "tiny-sft-nested": Recipe(("tiny-sft-nested-fourth", "tiny-sft-nested-fifth", *["tiny-sft-nested-sixth"] * 2), None),   # half the sixth
     "tiny-sft-wide": Recipe("tiny-sft-nested-first", replace(_MERGE, fork=True), wider),
     "tiny-sft-result-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="result"), wider),
     "tiny-sft-result-second": Recipe("tiny-sft-result-first", replace(_LEVEL, join="result"), levelled),
     "tiny-sft-result-third": Recipe("tiny-sft-result-second", replace(_LEVEL, steps=300, join="result"), grouped),
-    "tiny-sft-result": Recipe(("tiny-sft-result-second", "tiny-sft-result-third"), None),
+    "tiny-sft-result-fourth": Recipe(("tiny-sft-result-second", "tiny-sft-result-third"), replace(_EVEN, steps=200, join="result"), evened),
+    "tiny-sft-result": Recipe(("tiny-sft-result-second", "tiny-sft-result-third", *["tiny-sft-result-fourth"] * 2), None),   # half the fourth
     "tiny-sft-kv-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="kv"), wider),
-    "tiny-sft-kv": Recipe("tiny-sft-kv-first", replace(_LEVEL, join="kv"), levelled),
+    "tiny-sft-kv-second": Recipe("tiny-sft-kv-first", replace(_LEVEL, join="kv"), levelled),
+    "tiny-sft-kv-third": Recipe("tiny-sft-kv-second", replace(_EVEN, join="kv"), evened),
+    "tiny-sft-kv": Recipe(("tiny-sft-kv-second", "tiny-sft-kv-third"), None),
     "tiny-window": Recipe("tiny-512", SFTConfig(steps=2500, batch=10, micro_tokens=1024, lr=5e-3, optimizer="muon", join="result", fork="nested",
                                                 sequential=.15, autoregressive=0.0, window=512, leaves=5), narrow),
 }
