@@ -31,6 +31,7 @@ from threadweaver_ref.policy import (
     latency_reward,
     measure_policies,
     pgrpo_loss,
+    repeats,
     reward,
     roll_out,
     score_group,
@@ -41,7 +42,7 @@ from threadweaver_ref.policy import (
 from threadweaver_ref.seconds import StepCost
 from threadweaver_ref.sft import SFTConfig
 from threadweaver_ref.tasks import BENCH_FAMILIES, bench, chain, grade, oracle, sum_of_products
-from threadweaver_ref.tokens import encode_prompt
+from threadweaver_ref.tokens import Fork, Text, Thread, encode_prompt
 from threadweaver_ref.tree import SpanTree, collate, tree_logprobs
 
 PROBLEM = sum_of_products([(2, 3), (4, 5)])
@@ -273,10 +274,18 @@ def test_behaviour_by_hand():
     "Right, forked, and forked where it pays and where it cannot, of three made-up rollouts."
     pays, never = sum_of_products([(347, 689), (589, 973), (218, 746)]), chain(random.Random(0))
     say = lambda p, forks, latency, right=True: SimpleNamespace(
-        text=f"\\boxed{{{p.answer + (not right)}}}", forks=forks, token_latency=latency, total_tokens=latency, well_formed=True)
+        text=f"\\boxed{{{p.answer + (not right)}}}", forks=forks, token_latency=latency, total_tokens=latency, well_formed=True,
+        trajectory=[Fork(["1*2", "1*2"][:1 + (right is True)], [])] * forks)
     did = behaviour([say(pays, 1, oracle(pays).best), say(never, 0, oracle(never).best), say(never, 1, 999, False)], [pays, never, never])
     assert did["accuracy"] == pytest.approx(2 / 3) and did["fork_rate"] == pytest.approx(2 / 3) and did["share_of_possible"] == pytest.approx(1)
-    assert did["fork_rate_pays"] == 1 and did["fork_rate_never"] == .5
+    assert did["fork_rate_pays"] == 1 and did["fork_rate_never"] == .5 and did["repeats"] == pytest.approx(1 / 3)
+
+
+def test_repeated_work_is_seen():
+    "Outlines of one fork count, of an inner one too; two forks in a row that ask for the same do not."
+    once, twice = Fork(["a=1*2", "b=3*4"], [Thread([]), Thread([])]), Fork(["a=1*2", "b=1*2"], [Thread([]), Thread([])])
+    inner = Fork(["c", "d"], [Thread([Text("x"), twice]), Thread([])])
+    assert [repeats(SimpleNamespace(trajectory=t)) for t in ([once, once], [Text("x")], [once, twice], [inner])] == [False, False, True, True]
 
 
 def test_self_training_keeps_what_is_right():
