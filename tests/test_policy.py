@@ -36,6 +36,7 @@ from threadweaver_ref.policy import (
     roll_out,
     score_group,
     self_train,
+    step_bench,
     train_pgrpo,
     train_pgrpo_recipe,
 )
@@ -292,6 +293,11 @@ def test_self_training_keeps_what_is_right():
     model, tokenizer = learner()
     with pytest.raises(ValueError, match="none of 2 rollouts"):
         self_train(copy.deepcopy(model), tokenizer, [PROBLEM] * 2, SFTConfig(batch=2), DecodeConfig(temperature=1.0, limits=SHORT))
+
+
+def test_step_bench():
+    found = step_bench(problems=2, group=2, alone=2, steps=1)
+    assert found["processes"] == 1 and all(found[k] > 0 for k in ("rollout_seconds", "update_seconds", "alone_over_batched"))
 
 
 def test_empty_list():

@@ -151,13 +151,18 @@ def policies(
     runs: Path = typer.Option(Path("runs"), help="where `train` left its runs"),
     problems: int = typer.Option(100, help="held-out problems of each family", min=1),
     speed: bool = typer.Option(False, "--speed", help="instead, time a training step of 16 problems x 8 rollouts"),
+    processes: int = typer.Option(1, help="with --speed: processes that share every step", min=1),
     out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
 ):
     "Compare what P-GRPO made: every recipe and seed that was trained, greedy on the held-out sets."
+    from accelerate import PartialState
+
     from threadweaver_ref.bench import provenance
     from threadweaver_ref.policy import measure_policies, step_bench
     if speed:
+        if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
         result = {**provenance(0), **step_bench()}
+        if not PartialState().is_main_process: return
         typer.echo(json.dumps(result, indent=1))
         return _save(out, result)
     found = measure_policies(runs, problems)

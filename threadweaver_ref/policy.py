@@ -433,25 +433,35 @@ def train_pgrpo_recipe(
     return model, tokenizer, log
 
 # %% ../nbs/09_policy.ipynb #5be9c4a1
+def _seconds_alone(model, tokenizer, problems, config, numbers):
+    "Seconds of one of these rollouts, decoded one after another by the first process, with the threads of all; the others wait."
+    state, threads, began = PartialState(), torch.get_num_threads(), time.perf_counter()
+    if state.is_main_process:
+        torch.set_num_threads(threads * state.num_processes)
+        decoding = DecodeConfig(config.mode, config.join, 1.0, limits=config.limits, batch=1)
+        questions = [problems[i // config.group].question for i in numbers]
+        generate(decoding_copy(model), tokenizer, questions, decoding, [(config.seed, 0, i) for i in numbers])
+        torch.set_num_threads(threads)
+    state.wait_for_everyone()
+    return (time.perf_counter() - began) / len(numbers)
+
 def step_bench(problems=16, group=8, alone=32, steps=3) -> dict:
     """Seconds of a training step of `problems` x `group` rollouts, after one to warm up: medians of `steps`.
 
-    And how many times longer a rollout takes decoded by itself (mean of `alone` of them) than as one of the batch."""
-    recipe = PGRPO_RECIPES["tiny-rl"]
+    And how many times longer a rollout takes decoded by itself, by one process with every core (mean of `alone` of them),
+    than as one of the batch, which all processes share."""
+    recipe, state = PGRPO_RECIPES["tiny-rl"], PartialState()
     model, tokenizer = load_policy(recipe.start, device="cpu")
     model, chosen = add_lora(model, recipe.rank, 2 * recipe.rank), [decisions(random.Random(f"speed {i}"), 0) for i in range(problems)]
     config = replace(recipe.config, steps=steps + 1, batch=problems, group=group, eval_every=0)
     log = train_pgrpo(model, tokenizer, chosen, config, recipe.reward)[1:]
     median = lambda key: statistics.median(row[key] for row in log)
     began = time.perf_counter()
-    roll_out(model, tokenizer, chosen, config)
-    together, began = (time.perf_counter() - began) / (problems * group), time.perf_counter()
-    decoding = DecodeConfig(config.mode, config.join, 1.0, limits=config.limits, batch=1)
-    numbers = range(0, problems * group, problems * group // alone)
-    generate(decoding_copy(model), tokenizer, [chosen[i // group].question for i in numbers], decoding, [(config.seed, 0, i) for i in numbers])
-    single = (time.perf_counter() - began) / len(numbers)
-    return {"problems": problems, "group": group, "threads": torch.get_num_threads(), "rollout_seconds": median("rollout_seconds"),
-            "update_seconds": median("update_seconds"), "alone_over_batched": single / together}
+    roll_out(model, tokenizer, chosen, config, process=state.process_index, processes=state.num_processes)
+    together = (time.perf_counter() - began) / (problems * group)
+    return {"problems": problems, "group": group, "processes": state.num_processes, "threads": torch.get_num_threads(),
+            "rollout_seconds": median("rollout_seconds"), "update_seconds": median("update_seconds"),
+            "alone_over_batched": _seconds_alone(model, tokenizer, chosen, config, range(0, problems * group, problems * group // alone)) / together}
 
 # %% ../nbs/09_policy.ipynb #0b1d1d26
 def _found(runs):
