@@ -26,7 +26,8 @@ def provenance(seed=None) -> dict:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cpu = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"command": " ".join([Path(sys.argv[0]).name.replace("cli.py", "threadweaver-ref"), *sys.argv[1:]]), "seed": seed, "commit": commit, "machine": device,
+    program = Path(sys.argv[0]).name.replace("cli.py", "threadweaver-ref")   # the same, run as a module
+    return {"command": " ".join([program, *sys.argv[1:]]), "seed": seed, "commit": commit, "machine": device,
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
             "date": datetime.date.today().isoformat()}
 
