@@ -30,6 +30,7 @@ from threadweaver_ref.policy import (
     group_advantages,
     latency_reward,
     measure_policies,
+    measure_seconds,
     pgrpo_loss,
     repeats,
     reward,
@@ -454,3 +455,7 @@ def test_policies_are_measured(tmp_path, monkeypatch):
     both = [[r.token_latency if grade(r.text, p) else None for r, p in zip(generate(
         model, tokenizer, [p.question for p in problems], DecodeConfig(mode)), problems)] for mode in ("sequential", "parallel")]
     assert found["speedups"] == {0: [s / p if s and p else None for s, p in zip(*both)]} and max(filter(None, found["speedups"][0])) > 1.5
+    clock = measure_seconds(tmp_path, 1)["clock"]
+    assert [(r["recipe"], r["seed"], r["mode"]) for r in clock] == [
+        ("tiny-rl", 0, "parallel"), ("tiny-rl-sequential", 0, "sequential"), ("tiny-rl", 2, "parallel")]
+    assert clock[1]["token_latency"]["all"] == pytest.approx(baseline["all"]["token_latency"]) and all(r["seconds"]["all"] > 0 for r in clock)

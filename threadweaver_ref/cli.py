@@ -151,6 +151,7 @@ def policies(
     runs: Path = typer.Option(Path("runs"), help="where `train` left its runs"),
     problems: int = typer.Option(100, help="held-out problems of each family", min=1),
     speed: bool = typer.Option(False, "--speed", help="instead, time a training step of 16 problems x 8 rollouts"),
+    seconds: bool = typer.Option(False, "--seconds", help="instead, time tiny-rl, tiny-rl-seconds and the baseline, one problem at a time"),
     processes: int = typer.Option(1, help="with --speed: processes that share every step", min=1),
     out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
 ):
@@ -158,12 +159,18 @@ def policies(
     from accelerate import PartialState
 
     from threadweaver_ref.bench import provenance
-    from threadweaver_ref.policy import measure_policies, step_bench
+    from threadweaver_ref.policy import measure_policies, measure_seconds, step_bench
     if speed:
         if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
         result = {**provenance(0), **step_bench()}
         if not PartialState().is_main_process: return
         typer.echo(json.dumps(result, indent=1))
+        return _save(out, result)
+    if seconds:
+        result = {**provenance(0), **measure_seconds(runs, problems)}
+        for row in result["clock"]:
+            means = ", ".join(f"{k} {row[k]['all']:.4g}" for k in ("seconds", "foretold", "accuracy"))
+            typer.echo(f"{row['recipe']}, seed {row['seed']}, {row['mode']}: {means}")
         return _save(out, result)
     found = measure_policies(runs, problems)
     for row in found["policies"]:

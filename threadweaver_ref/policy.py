@@ -6,7 +6,7 @@
 __all__ = ['PGRPO_RECIPES', 'eta', 'reward', 'group_advantages', 'pgrpo_loss', 'repeats', 'behaviour', 'by_family',
            'decoding_copy', 'score_group', 'PGRPOConfig', 'roll_out', 'greedy', 'train_pgrpo', 'decisions', 'show_log',
            'live_plot', 'self_train', 'of_group', 'token_latency', 'latency_reward', 'PGRPORecipe', 'validation',
-           'train_pgrpo_recipe', 'step_bench', 'measure_policies']
+           'train_pgrpo_recipe', 'step_bench', 'measure_policies', 'measure_seconds']
 
 # %% ../nbs/09_policy.ipynb #d073db8d
 import copy
@@ -490,3 +490,28 @@ def measure_policies(
     pairs = {s: (latency.get(("tiny-rl-sequential", s, "sequential")), latency.get(("tiny-rl", s, "parallel"))) for _, s, _ in latency}
     speedups = {s: [b / t if b and t else None for b, t in zip(*pair)] for s, pair in pairs.items() if all(pair)}
     return {"policies": rows, "problems": [p.family for p in problems], "speedups": speedups}
+
+def measure_seconds(
+    runs="runs",  # where `threadweaver-ref train` left them
+    n=10,         # held-out problems of each family
+) -> dict:
+    """The clock of `tiny-rl`, `tiny-rl-seconds` and the baseline, greedy, one problem at a time, policies in turn: what slows the machine slows all.
+
+    `clock` has a row for each, with means by family: seconds measured, seconds that `cpu_seconds` foretells, token latency, right.
+    Raises `ValueError` if there is no such run."""
+    names = "tiny-rl", "tiny-rl-seconds", "tiny-rl-sequential"
+    found = [f for f in _found(Path(runs)) if f[0] in names and f[2] == PGRPO_RECIPES[f[0]].config.mode]
+    if not found: raise ValueError(f"no policies under {runs}: train {', '.join(names)} first")
+    problems = [p for f in BENCH_FAMILIES for p in bench(f, n)]
+    models = [load_policy(start, adapter) for *_, adapter, start in found]
+    models = [(decoding_copy(model), tokenizer, DecodeConfig(mode)) for (model, tokenizer), (_, _, mode, *_) in zip(models, found)]
+    rollouts = [[generate(*m, [p.question], config)[0] for *m, config in models] for p in tqdm(problems, desc="problems")]
+
+    def means(mine, of):
+        values = [(p.family, float(of(r, p))) for r, p in zip(mine, problems)]
+        return {family: statistics.fmean(v for f, v in values if family in (f, "all")) for family in (*BENCH_FAMILIES, "all")}
+
+    measures = {"seconds": lambda r, p: r.seconds, "foretold": lambda r, p: cpu_seconds(r), "token_latency": lambda r, p: r.token_latency,
+                "accuracy": lambda r, p: grade(r.text, p)}
+    return {"problems": n, "clock": [{"recipe": name, "seed": seed, "mode": mode, **{k: means(mine, of) for k, of in measures.items()}}
+                                     for (name, seed, mode, *_), mine in zip(found, zip(*rollouts))]}
