@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from helpers import TOKENIZERS, random_trajectory, tiny
@@ -29,6 +30,7 @@ from threadweaver_ref.policy import (
     eta,
     group_advantages,
     latency_reward,
+    live_plot,
     measure_policies,
     measure_seconds,
     pgrpo_loss,
@@ -294,6 +296,15 @@ def test_self_training_keeps_what_is_right():
     model, tokenizer = learner()
     with pytest.raises(ValueError, match="none of 2 rollouts"):
         self_train(copy.deepcopy(model), tokenizer, [PROBLEM] * 2, SFTConfig(batch=2), DecodeConfig(temperature=1.0, limits=SHORT))
+
+
+def test_live_plot(monkeypatch):
+    "One figure, drawn again every second step; none is left open."
+    drawn = []
+    monkeypatch.setattr("IPython.display.display", lambda **_: SimpleNamespace(update=drawn.append))
+    on_step = live_plot(every=2)
+    for step in range(1, 5): on_step(step, {"step": step, "accuracy": .5, "fork_rate_pays": .5, "fork_rate_never": None, "token_latency": 9.0})
+    assert len(drawn) == 2 and [len(ax.lines[0].get_xdata()) for ax in drawn[1].axes] == [4, 4, 4] and not plt.get_fignums()
 
 
 def test_step_bench():

@@ -273,9 +273,11 @@ def decisions(rng, step):
 
 # %% ../nbs/09_policy.ipynb #0a233ffc
 def show_log(log, axes=None, label=None, window=5):
-    "Draw a log: right, forks by whether they pay, token latency; running means over `window` steps. Returns the axes."
-    axes = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained")[1] if axes is None else axes
-    for ax, keys in zip(axes, (("accuracy",), ("fork_rate_pays", "fork_rate_never"), ("token_latency",))):
+    "Draw a log: right, forks by whether they pay, work done twice, token latency; running means over `window` steps. Returns the axes."
+    panels = ("accuracy",), ("fork_rate_pays", "fork_rate_never"), ("repeats",), ("token_latency",)
+    panels = [keys for keys in panels if any(r.get(keys[0]) is not None for r in log)]
+    axes = plt.subplots(1, len(panels), figsize=(10, 2.6), layout="constrained")[1] if axes is None else axes
+    for ax, keys in zip(axes, panels):
         for key, style in zip(keys, ("-", "--")):
             rows = [(r["step"], r[key]) for r in log if r.get(key) is not None]
             smooth = [statistics.fmean(v for _, v in rows[max(0, i + 1 - window):i + 1]) for i in range(len(rows))]

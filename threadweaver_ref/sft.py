@@ -441,8 +441,7 @@ RECIPES = {
     "tiny-sft-result-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="result"), wider),
     "tiny-sft-result-second": Recipe("tiny-sft-result-first", replace(_LEVEL, join="result"), levelled),
     "tiny-sft-result-third": Recipe("tiny-sft-result-second", replace(_LEVEL, steps=300, join="result"), grouped),
-    "tiny-sft-result-fourth": Recipe(("tiny-sft-result-second", "tiny-sft-result-third"), replace(_EVEN, steps=200, join="result"), evened),
-    "tiny-sft-result": Recipe(("tiny-sft-result-second", "tiny-sft-result-third", *["tiny-sft-result-fourth"] * 2), None),   # half the fourth
+    "tiny-sft-result": Recipe(("tiny-sft-result-second", "tiny-sft-result-third"), replace(_EVEN, steps=200, join="result"), evened),
     "tiny-sft-kv-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="kv"), wider),
     "tiny-sft-kv-second": Recipe("tiny-sft-kv-first", replace(_LEVEL, join="kv"), levelled),
     "tiny-sft-kv-third": Recipe("tiny-sft-kv-second", replace(_EVEN, join="kv"), evened),
