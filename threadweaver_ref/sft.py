@@ -444,8 +444,7 @@ RECIPES = {
     "tiny-sft-result": Recipe(("tiny-sft-result-second", "tiny-sft-result-third"), replace(_EVEN, steps=200, join="result"), evened),
     "tiny-sft-kv-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="kv"), wider),
     "tiny-sft-kv-second": Recipe("tiny-sft-kv-first", replace(_LEVEL, join="kv"), levelled),
-    "tiny-sft-kv-third": Recipe("tiny-sft-kv-second", replace(_EVEN, join="kv"), evened),
-    "tiny-sft-kv": Recipe(("tiny-sft-kv-second", "tiny-sft-kv-third"), None),
+    "tiny-sft-kv": Recipe("tiny-sft-kv-second", replace(_EVEN, join="kv"), evened),
     "tiny-window": Recipe("tiny-512", SFTConfig(steps=2500, batch=10, micro_tokens=1024, lr=5e-3, optimizer="muon", join="result", fork="nested",
                                                 sequential=.15, autoregressive=0.0, window=512, leaves=5), narrow),
 }
