@@ -360,7 +360,7 @@ class PGRPORecipe:
 
 _QUICK = functools.partial(latency_reward, rho=1.5, clip=0.8)
 _RL = PGRPOConfig(steps=80, batch=8, eval_every=40, limits=Limits(max_tokens=1536, max_thread_tokens=768))
-_SHORT = replace(_RL, steps=32, eval_every=0)
+_SHORT = replace(_RL, steps=24, eval_every=0)
 _ABLATION = PGRPORecipe(reward, _SHORT, selection=0)
 PGRPO_RECIPES = {
     "tiny-rl": PGRPORecipe(_QUICK, _RL),
