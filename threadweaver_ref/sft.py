@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_tree', 'step_problems', 'thin', 'micro_batches',
            'step_batches', 'share', 'orthogonal', 'Muon', 'matrices', 'train_sft', 'curriculum', 'crowded', 'worded',
-           'rewired', 'balanced', 'deep', 'wide', 'wider', 'levelled', 'grouped', 'evened', 'narrow', 'Recipe',
-           'get_recipe', 'mean_weights', 'train_recipe']
+           'rewired', 'balanced', 'deep', 'wide', 'wider', 'levelled', 'grouped', 'evened', 'settled', 'narrow',
+           'Recipe', 'get_recipe', 'mean_weights', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
 import hashlib
@@ -395,6 +395,10 @@ def evened(rng, step):
     if draw < .4: return training_problem(rng, ["sums"], n=rng.randint(8, 16), digits=rng.choice([1, None, None, 2]))
     return grouped(rng, step) if draw < .5 else rng.choice([levelled, balanced])(rng, step)
 
+def settled(rng, step):
+    "`evened` or `deep`, as often."
+    return rng.choice([evened, deep])(rng, step)
+
 def narrow(rng, step):
     "Sums of up to 24 products that fit into 512 positions when they are worked out in groups, with the join `result`."
     n = rng.randint(2, 24 if step > 300 else 9)
@@ -442,7 +446,8 @@ RECIPES = {
     "tiny-sft-result-second": Recipe("tiny-sft-result-first", replace(_LEVEL, join="result"), levelled),
     "tiny-sft-result-third": Recipe("tiny-sft-result-second", replace(_LEVEL, steps=300, join="result"), grouped),
     "tiny-sft-result-fourth": Recipe(("tiny-sft-result-second", "tiny-sft-result-third"), replace(_EVEN, steps=200, join="result"), evened),
-    "tiny-sft-result": Recipe("tiny-sft-result-fourth", replace(_EVEN, steps=150, lr=5e-4, join="result"), deep),
+    "tiny-sft-result-fifth": Recipe("tiny-sft-result-fourth", replace(_EVEN, steps=150, lr=5e-4, join="result"), deep),
+    "tiny-sft-result": Recipe(("tiny-sft-result-fourth", "tiny-sft-result-fifth"), replace(_EVEN, steps=200, join="result"), settled),
     "tiny-sft-kv-first": Recipe("tiny-sft-nested-first", replace(_MERGE, join="kv"), wider),
     "tiny-sft-kv-second": Recipe("tiny-sft-kv-first", replace(_LEVEL, join="kv"), levelled),
     "tiny-sft-kv": Recipe("tiny-sft-kv-second", replace(_EVEN, join="kv"), evened),
