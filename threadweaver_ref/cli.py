@@ -150,12 +150,13 @@ def merges(
 def policies(
     runs: Path = typer.Option(Path("runs"), help="where `train` left its runs"),
     problems: int = typer.Option(100, help="held-out problems of each family", min=1),
+    temperature: float = typer.Option(0.0, help="0 is greedy", min=0.0),
     speed: bool = typer.Option(False, "--speed", help="instead, time a training step of 16 problems x 8 rollouts"),
     seconds: bool = typer.Option(False, "--seconds", help="instead, time tiny-rl, tiny-rl-seconds and the baseline, one problem at a time"),
     processes: int = typer.Option(1, help="with --speed: processes that share every step", min=1),
     out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
 ):
-    "Compare what P-GRPO made: every recipe and seed that was trained, greedy on the held-out sets."
+    "Compare what P-GRPO made: every recipe and seed that was trained, on the held-out sets."
     from accelerate import PartialState
 
     from threadweaver_ref.bench import provenance
@@ -172,7 +173,7 @@ def policies(
             means = ", ".join(f"{k} {row[k]['all']:.4g}" for k in ("seconds", "foretold", "accuracy"))
             typer.echo(f"{row['recipe']}, seed {row['seed']}, {row['mode']}: {means}")
         return _save(out, result)
-    found = measure_policies(runs, problems)
+    found = measure_policies(runs, problems, temperature)
     for row in found["policies"]:
         typer.echo(f"{row['recipe']}, seed {row['seed']}, {row['mode']}: " + ", ".join(
             f"{k} {v:.3g}" for k, v in row["families"]["all"].items() if v is not None))

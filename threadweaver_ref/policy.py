@@ -199,9 +199,9 @@ def _row(rollouts, problems, rewards, advantages, config):
     mean = {"reward": float(rewards.mean()), "used": float((advantages.abs() > 1e-9).double().mean())}
     return {**mean, **{k: v for k, v in did.items() if k != "problems"}}
 
-def greedy(model, tokenizer, problems, mode, join="concat") -> list:
-    "A greedy rollout of each problem, with the decoder's own limits: those of training are made for short problems."
-    return generate(decoding_copy(model), tokenizer, [p.question for p in problems], DecodeConfig(mode, join))
+def greedy(model, tokenizer, problems, mode, join="concat", temperature=0.0) -> list:
+    "A rollout of each problem, greedy unless told otherwise, with the decoder's own limits: those of training are made for short problems."
+    return generate(decoding_copy(model), tokenizer, [p.question for p in problems], DecodeConfig(mode, join, temperature))
 
 # %% ../nbs/09_policy.ipynb #c77f5d9e
 def _tensorboard(config):
@@ -473,10 +473,11 @@ def _found(runs):
             if (folder / name / "policy").is_dir() for mode in dict.fromkeys((r.config.mode, "parallel"))]
 
 def measure_policies(
-    runs="runs",  # where `threadweaver-ref train` left them
-    n=100,        # held-out problems of each family
+    runs="runs",      # where `threadweaver-ref train` left them
+    n=100,            # held-out problems of each family
+    temperature=0.0,  # 0: greedy
 ) -> dict:
-    """Every P-GRPO run in a folder, greedy on held-out problems, and where they start.
+    """Every P-GRPO run in a folder on held-out problems, and where they start.
 
     `policies` has a row (`by_family`) for every recipe, seed and mode; `speedups` has, for every seed, the token latency of
     `tiny-rl-sequential` over that of `tiny-rl`, problem by problem; none where one of the two answers is wrong.
@@ -486,7 +487,7 @@ def measure_policies(
     starts = [(start, 0, "parallel", None, start) for start in dict.fromkeys(start for *_, start in found)]
     for name, seed, mode, adapter, start in tqdm([*starts, *found], desc="policies"):
         model, tokenizer = load_policy(start, adapter)
-        rollouts = greedy(model, tokenizer, problems, mode)
+        rollouts = greedy(model, tokenizer, problems, mode, temperature=temperature)
         rows.append({"recipe": name, "seed": seed, "mode": mode, "families": by_family(rollouts, problems)})
         latency[name, seed, mode] = [r.token_latency if grade(r.text, p) else None for r, p in zip(rollouts, problems)]
     pairs = {s: (latency.get(("tiny-rl-sequential", s, "sequential")), latency.get(("tiny-rl", s, "parallel"))) for _, s, _ in latency}
