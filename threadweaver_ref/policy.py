@@ -22,7 +22,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -452,7 +452,7 @@ def step_bench(problems=16, group=8, alone=32, steps=3) -> dict:
 
     And how many times longer a rollout takes decoded by itself, by one process with every core (mean of `alone` of them),
     than as one of the batch, which all processes share."""
-    recipe, state = PGRPO_RECIPES["tiny-rl"], PartialState()
+    recipe, state = PGRPO_RECIPES["tiny-rl"], Accelerator()   # before any `PartialState()`, which alone would miss the processes of a CPU
     model, tokenizer = load_policy(recipe.start, device="cpu")
     model, chosen = add_lora(model, recipe.rank, 2 * recipe.rank), [decisions(random.Random(f"speed {i}"), 0) for i in range(problems)]
     config = replace(recipe.config, steps=steps + 1, batch=problems, group=group, eval_every=0)
