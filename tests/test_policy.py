@@ -300,11 +300,11 @@ def test_self_training_keeps_what_is_right():
 
 def test_live_plot(monkeypatch):
     "One figure, drawn again every second step; none is left open."
-    drawn = []
+    drawn, before = [], plt.get_fignums()   # other tests leave theirs
     monkeypatch.setattr("IPython.display.display", lambda **_: SimpleNamespace(update=drawn.append))
     on_step = live_plot(every=2)
     for step in range(1, 5): on_step(step, {"step": step, "accuracy": .5, "fork_rate_pays": .5, "fork_rate_never": None, "token_latency": 9.0})
-    assert len(drawn) == 2 and [len(ax.lines[0].get_xdata()) for ax in drawn[1].axes] == [4, 4, 4] and not plt.get_fignums()
+    assert len(drawn) == 2 and [len(ax.lines[0].get_xdata()) for ax in drawn[1].axes] == [4, 4, 4] and plt.get_fignums() == before
 
 
 def test_step_bench():
