@@ -58,6 +58,8 @@ def test_solve_reads_a_file(run, tmp_path):
     (["train", "giant"], ["giant", "tiny-base", "tiny-sft"]),
     (["train", "giant", "--processes", "2"], ["giant", "tiny-base", "tiny-sft"]),
     (["policies", "--runs", "/no/such/runs"], ["/no/such/runs", "tiny-rl", "train"]),
+    (["policies", "--speed", "--seconds"], ["--speed", "--seconds", "one"]),
+    (["policies", "--processes", "2"], ["--processes 2", "--speed"]),
     (["merges", "--part", "flat"], ["flat", "joins", "flat_and_nested"]),
 ])
 def test_mistakes_get_one_clear_line(run, args, names):

@@ -429,15 +429,32 @@ PROCESS = """
 
 
 @pytest.mark.slow
+def in_two_processes(script, folder):
+    "Run a script in two gloo processes on the CPU; it gets the folder as its argument."
+    (folder / "process.py").write_text(textwrap.dedent(script))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "process.py"), str(folder)]
+    subprocess.run(launch, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+
+
 def test_two_processes_make_the_same_update(tmp_path):
     "Two gloo processes on the CPU share rollouts and update; the weights are those of one process."
-    (tmp_path / "process.py").write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent))))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "process.py"), str(tmp_path)]
-    subprocess.run(launch, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    in_two_processes(PROCESS.format(tests=str(Path(__file__).parent)), tmp_path)
     model, log = run()
     for rank in (0, 1):
         weights, rewards = torch.load(tmp_path / f"{rank}.pt")
         assert torch.allclose(weights, adapters(model), atol=1e-5) and rewards == pytest.approx([r["reward"] for r in log])
+
+
+def test_step_bench_in_two_processes(tmp_path):
+    "They find each other, though it is the first thing they do; one writes."
+    in_two_processes("""
+        import json, sys
+        from accelerate import PartialState
+        from threadweaver_ref.policy import step_bench
+        found = step_bench(problems=2, group=2, alone=2, steps=1)
+        if PartialState().is_main_process: open(sys.argv[1] + "/found", "x").write(json.dumps(found))
+    """, tmp_path)
+    assert json.loads((tmp_path / "found").read_text())["processes"] == 2
 
 
 def test_tensorboard(tmp_path):

@@ -161,6 +161,8 @@ def policies(
 
     from threadweaver_ref.bench import provenance
     from threadweaver_ref.policy import measure_policies, measure_seconds, step_bench
+    if speed and seconds: raise ValueError("--speed and --seconds are two measurements: choose one")
+    if processes > 1 and not speed: raise ValueError(f"--processes {processes} is for --speed: the others run in one")
     if speed:
         if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
         result = {**provenance(0), **step_bench()}

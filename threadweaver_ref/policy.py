@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PGRPO_RECIPES', 'eta', 'reward', 'group_advantages', 'pgrpo_loss', 'repeats', 'behaviour', 'by_family',
-           'decoding_copy', 'score_group', 'PGRPOConfig', 'roll_out', 'greedy', 'train_pgrpo', 'decisions', 'show_log',
+           'decoding_copy', 'score_group', 'PGRPOConfig', 'roll_out', 'answers', 'train_pgrpo', 'decisions', 'show_log',
            'live_plot', 'self_train', 'of_group', 'token_latency', 'latency_reward', 'PGRPORecipe', 'validation',
            'train_pgrpo_recipe', 'step_bench', 'measure_policies', 'measure_seconds']
 
@@ -199,8 +199,8 @@ def _row(rollouts, problems, rewards, advantages, config):
     mean = {"reward": float(rewards.mean()), "used": float((advantages.abs() > 1e-9).double().mean())}
     return {**mean, **{k: v for k, v in did.items() if k != "problems"}}
 
-def greedy(model, tokenizer, problems, mode, join="concat", temperature=0.0) -> list:
-    "A rollout of each problem, greedy unless told otherwise, with the decoder's own limits: those of training are made for short problems."
+def answers(model, tokenizer, problems, mode, join="concat", temperature=0.0) -> list:
+    "A rollout of each problem, greedy by default, with the decoder's own limits: those of training are made for short problems."
     return generate(decoding_copy(model), tokenizer, [p.question for p in problems], DecodeConfig(mode, join, temperature))
 
 # %% ../nbs/09_policy.ipynb #c77f5d9e
@@ -253,7 +253,7 @@ def train_pgrpo(
     def one_step(step, wrapped, optimizers, accelerator):
         row = _one_step(step, wrapped, optimizers, accelerator, tokenizer, problems, config, reward)
         due = eval_problems and config.eval_every and (step + 1) % config.eval_every == 0
-        if due: row["eval"] = by_family(greedy(model, tokenizer, eval_problems, config.mode, config.join), eval_problems)
+        if due: row["eval"] = by_family(answers(model, tokenizer, eval_problems, config.mode, config.join), eval_problems)
         return row
 
     def report(step, row):
@@ -275,8 +275,9 @@ def decisions(rng, step):
 def show_log(log, axes=None, label=None, window=5):
     "Draw a log: right, forks by whether they pay, work done twice, token latency; running means over `window` steps. Returns the axes."
     panels = ("accuracy",), ("fork_rate_pays", "fork_rate_never"), ("repeats",), ("token_latency",)
-    panels = [keys for keys in panels if any(r.get(keys[0]) is not None for r in log)]
-    axes = plt.subplots(1, len(panels), figsize=(10, 2.6), layout="constrained")[1] if axes is None else axes
+    if axes is None:   # four given ones keep their meaning, whatever a log lacks
+        panels = [keys for keys in panels if any(r.get(keys[0]) is not None for r in log)]
+        axes = plt.subplots(1, len(panels), figsize=(10, 2.6), layout="constrained")[1]
     for ax, keys in zip(axes, panels):
         for key, style in zip(keys, ("-", "--")):
             rows = [(r["step"], r[key]) for r in log if r.get(key) is not None]
@@ -487,7 +488,7 @@ def measure_policies(
     starts = [(start, 0, "parallel", None, start) for start in dict.fromkeys(start for *_, start in found)]
     for name, seed, mode, adapter, start in tqdm([*starts, *found], desc="policies"):
         model, tokenizer = load_policy(start, adapter)
-        rollouts = greedy(model, tokenizer, problems, mode, temperature=temperature)
+        rollouts = answers(model, tokenizer, problems, mode, temperature=temperature)
         rows.append({"recipe": name, "seed": seed, "mode": mode, "families": by_family(rollouts, problems)})
         latency[name, seed, mode] = [r.token_latency if grade(r.text, p) else None for r, p in zip(rollouts, problems)]
     pairs = {s: (latency.get(("tiny-rl-sequential", s, "sequential")), latency.get(("tiny-rl", s, "parallel"))) for _, s, _ in latency}
