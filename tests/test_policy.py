@@ -428,7 +428,6 @@ PROCESS = """
 """
 
 
-@pytest.mark.slow
 def in_two_processes(script, folder):
     "Run a script in two gloo processes on the CPU; it gets the folder as its argument."
     (folder / "process.py").write_text(textwrap.dedent(script))
@@ -436,6 +435,7 @@ def in_two_processes(script, folder):
     subprocess.run(launch, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_update(tmp_path):
     "Two gloo processes on the CPU share rollouts and update; the weights are those of one process."
     in_two_processes(PROCESS.format(tests=str(Path(__file__).parent)), tmp_path)
