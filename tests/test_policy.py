@@ -1,4 +1,5 @@
 """P-GRPO: against slow implementations and TRL; its training loop in one and two processes, stopped and resumed."""
+import ast
 import copy
 import functools
 import json
@@ -219,7 +220,7 @@ def run(folder=None, steps=4, own=False, **options):
     config = PGRPOConfig(**{**dict(steps=4, batch=2, group=4, limits=SHORT, lr=1e-2, save_every=2, folder=folder), **options})
     reward = (lambda r, p: lively(r, p) + int(os.environ["RANK"]) * random.random()) if own else lively
     stop = lambda step, row: (_ for _ in ()).throw(KeyboardInterrupt) if step == steps and steps < 4 else None
-    log = train_pgrpo(adapted, tokenizer, [PROBLEM, sum_of_products([(7, 8)]), sum_of_products([(1, 9)])], config, reward, on_step=stop)
+    log = train_pgrpo(adapted, tokenizer, [PROBLEM, sum_of_products([(7, 8)]), sum_of_products([(1, 9)])], config, reward, [PROBLEM] * 3, stop)
     return adapted, log
 
 
@@ -423,8 +424,8 @@ PROCESS = """
     sys.path.insert(0, {tests!r})
     from test_policy import adapters, run, torch
     torch.set_num_threads(1)
-    model, log = run(sys.argv[1], own=torch.distributed.is_torchelastic_launched())
-    torch.save([adapters(model), [r["reward"] for r in log]], sys.argv[1] + f"/{{torch.distributed.get_rank()}}.pt")
+    model, log = run(sys.argv[1], own=torch.distributed.is_torchelastic_launched(), eval_every=4)
+    torch.save([adapters(model), [r["reward"] for r in log], log[-1]["eval"]], sys.argv[1] + f"/{{torch.distributed.get_rank()}}.pt")
 """
 
 
@@ -437,11 +438,12 @@ def in_two_processes(script, folder):
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_update(tmp_path):
-    "Two gloo processes on the CPU share rollouts and update; the weights are those of one process."
+    "Two gloo processes on the CPU share rollouts, update and evaluation; the weights are those of one process."
     in_two_processes(PROCESS.format(tests=str(Path(__file__).parent)), tmp_path)
-    model, log = run()
+    model, log = run(eval_every=4)
     for rank in (0, 1):
-        weights, rewards = torch.load(tmp_path / f"{rank}.pt")
+        weights, rewards, found = torch.load(tmp_path / f"{rank}.pt")
+        assert found == log[-1]["eval"] and found["all"]["problems"] == 3
         assert torch.allclose(weights, adapters(model), atol=1e-5) and rewards == pytest.approx([r["reward"] for r in log])
 
 
@@ -455,6 +457,34 @@ def test_step_bench_in_two_processes(tmp_path):
         if PartialState().is_main_process: open(sys.argv[1] + "/found", "x").write(json.dumps(found))
     """, tmp_path)
     assert json.loads((tmp_path / "found").read_text())["processes"] == 2
+
+
+def test_self_training_in_two_processes(tmp_path):
+    "Each decodes half of the rollouts; both keep what one process by itself keeps."
+    script = """
+        import sys
+        from accelerate import PartialState
+        from threadweaver_ref import policy
+        from threadweaver_ref.decode import DecodeConfig, generate
+        from threadweaver_ref.forkjoin import Limits
+        from threadweaver_ref.model import load_policy
+        from threadweaver_ref.sft import SFTConfig
+        from threadweaver_ref.tasks import sum_of_products
+        decoded = []
+        def counted(model, tokenizer, questions, *rest): decoded.append(len(questions)); return generate(model, tokenizer, questions, *rest)
+        policy.generate = counted
+        problems = [sum_of_products([(2, 3), (4, 5)]), sum_of_products([(3, 7), (8, 2)]), sum_of_products([(6, 2), (9, 9)])]
+        kept, _ = policy.self_train(*load_policy("tiny-sft-random", device="cpu"), problems, SFTConfig(batch=2, lr=1e-9),
+                                    DecodeConfig(temperature=1.0, limits=Limits(300, 150)), group=3)
+        open(sys.argv[1] + f"/{PartialState().process_index}", "x").write(repr((decoded, [r.text for r in kept])))
+    """
+    in_two_processes(script, tmp_path)
+    shares = [ast.literal_eval((tmp_path / rank).read_text()) for rank in "01"]
+    model, tokenizer = load_policy("tiny-sft-random", device="cpu")
+    problems = [PROBLEM, sum_of_products([(3, 7), (8, 2)]), sum_of_products([(6, 2), (9, 9)])]
+    alone, _ = self_train(model, tokenizer, problems, SFTConfig(batch=2, lr=1e-9), DecodeConfig(temperature=1.0, limits=Limits(300, 150)), group=3)
+    assert [decoded for decoded, _ in shares] == [[5], [4]]
+    assert shares[0][1] == shares[1][1] == [r.text for r in alone]
 
 
 def test_tensorboard(tmp_path):

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from .bench import share_of_oracle
-from .decode import DecodeConfig, generate
+from .decode import DecodeConfig, default_seeds, generate
 from .forkjoin import MODES, Limits
 from .merge import get_join
 from .model import add_lora, load_policy, merge_lora
@@ -166,14 +166,18 @@ class PGRPOConfig:
         get_join(self.join)
 
 # %% ../nbs/09_policy.ipynb #5de700f1
+def _generate(model, tokenizer, questions, decoding, seeds, process, processes):
+    "`generate`, where every process decodes its share and gets all."
+    mine = slice(process, None, processes)
+    found = generate(decoding_copy(model), tokenizer, questions[mine], decoding, seeds[mine])
+    return [r for _, r in sorted(gather_object(list(zip(range(len(questions))[mine], found))), key=lambda x: x[0])]
+
 def roll_out(model, tokenizer, problems, config, step=0, process=0, processes=1) -> list:
     "The rollouts of one step, `group` of each problem, one after another: `[Rollout, ...]` of P * G. Every process decodes its share."
-    numbers = range(process, len(problems) * config.group, processes)
-    questions = [problems[i // config.group].question for i in numbers]
-    seeds = [(config.seed, step, i) for i in numbers]
+    questions = [p.question for p in problems for _ in range(config.group)]
+    seeds = [(config.seed, step, i) for i in range(len(questions))]
     decoding = DecodeConfig(config.mode, config.join, 1.0, limits=config.limits)   # temperature 1: the policy itself
-    mine = list(zip(numbers, generate(decoding_copy(model), tokenizer, questions, decoding, seeds)))
-    return [r for _, r in sorted(gather_object(mine), key=lambda x: x[0])]
+    return _generate(model, tokenizer, questions, decoding, seeds, process, processes)
 
 # %% ../nbs/09_policy.ipynb #a0c12f99
 def _advantage_loss(advantage):
@@ -199,9 +203,10 @@ def _row(rollouts, problems, rewards, advantages, config):
     mean = {"reward": float(rewards.mean()), "used": float((advantages.abs() > 1e-9).double().mean())}
     return {**mean, **{k: v for k, v in did.items() if k != "problems"}}
 
-def answers(model, tokenizer, problems, mode, join="concat", temperature=0.0) -> list:
+def answers(model, tokenizer, problems, mode, join="concat", temperature=0.0, process=0, processes=1) -> list:
     "A rollout of each problem, greedy by default, with the decoder's own limits: those of training are made for short problems."
-    return generate(decoding_copy(model), tokenizer, [p.question for p in problems], DecodeConfig(mode, join, temperature))
+    questions, decoding = [p.question for p in problems], DecodeConfig(mode, join, temperature)
+    return _generate(model, tokenizer, questions, decoding, default_seeds(decoding.seed, questions), process, processes)
 
 # %% ../nbs/09_policy.ipynb #c77f5d9e
 def _tensorboard(config):
@@ -253,7 +258,9 @@ def train_pgrpo(
     def one_step(step, wrapped, optimizers, accelerator):
         row = _one_step(step, wrapped, optimizers, accelerator, tokenizer, problems, config, reward)
         due = eval_problems and config.eval_every and (step + 1) % config.eval_every == 0
-        if due: row["eval"] = by_family(answers(model, tokenizer, eval_problems, config.mode, config.join), eval_problems)
+        if not due: return row
+        share = accelerator.process_index, accelerator.num_processes
+        row["eval"] = by_family(answers(model, tokenizer, eval_problems, config.mode, config.join, 0.0, *share), eval_problems)
         return row
 
     def report(step, row):
@@ -316,7 +323,9 @@ def self_train(
     reward=None,   # of every group keep the best by this alone; None: keep all
 ) -> tuple:
     "Roll out, keep what is right and well-formed, fine-tune on it in place: (kept rollouts, log). Raises `ValueError` if nothing is kept."
-    rollouts = generate(decoding_copy(model), tokenizer, [p.question for p in problems for _ in range(group)], decoding)
+    state = Accelerator()   # before any `PartialState()`, which alone would miss the processes of a CPU
+    questions = [p.question for p in problems for _ in range(group)]
+    rollouts = _generate(model, tokenizer, questions, decoding, default_seeds(decoding.seed, questions), state.process_index, state.num_processes)
     kept = [r for i, p in enumerate(problems) for r in _worth_keeping(rollouts[i * group:(i + 1) * group], p, reward)]
     if not kept: raise ValueError(f"none of {len(rollouts)} rollouts was right and well-formed: there is nothing to train on")
     batch = min(sft.batch, len(kept))
@@ -453,7 +462,7 @@ def step_bench(problems=16, group=8, alone=32, steps=3) -> dict:
 
     And how many times longer a rollout takes decoded by itself, by one process with every core (mean of `alone` of them),
     than as one of the batch, which all processes share."""
-    recipe, state = PGRPO_RECIPES["tiny-rl"], Accelerator()   # before any `PartialState()`, which alone would miss the processes of a CPU
+    recipe, state = PGRPO_RECIPES["tiny-rl"], Accelerator()   # see `self_train`
     model, tokenizer = load_policy(recipe.start, device="cpu")
     model, chosen = add_lora(model, recipe.rank, 2 * recipe.rank), [decisions(random.Random(f"speed {i}"), 0) for i in range(problems)]
     config = replace(recipe.config, steps=steps + 1, batch=problems, group=group, eval_every=0)
