@@ -128,3 +128,10 @@ def test_train_in_two_processes(tmp_path):
     assert done.stdout.count("saved") == 1 and (tmp_path / "policy" / "model.safetensors").is_file()
     assert [json.loads(line)["step"] for line in (tmp_path / "tiny-base" / "log.jsonl").read_text().splitlines()] == [1, 2]
     assert len(list((tmp_path / "tiny-base").glob("step-*/random_states_*"))) == 2
+
+
+def test_a_measurement_without_git(monkeypatch, tmp_path):
+    "A machine without git, as a slim container is, still measures; the commit is unknown."
+    assert bench.provenance()["commit"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.provenance(3) == {**bench.provenance(3), "commit": "", "seed": 3}

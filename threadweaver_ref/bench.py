@@ -2,6 +2,7 @@
 import datetime
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from threadweaver_ref.tokens import control_ids, encode_prompt, encode_text
 def provenance(seed=None) -> dict:
     "Machine, versions, seed, commit and command of a measurement."
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     cpu = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     program = Path(sys.argv[0]).name.replace("cli.py", "threadweaver-ref")   # the same, run as a module
