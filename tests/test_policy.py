@@ -34,6 +34,7 @@ from threadweaver_ref.policy import (
     live_plot,
     measure_policies,
     measure_seconds,
+    of_group,
     pgrpo_loss,
     repeats,
     reward,
@@ -86,7 +87,8 @@ def test_advantages_against_a_loop():
 
 BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
        (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(tensorboard=True), "folder"),
-       (dict(optimizer="sgd"), "adamw or muon")]
+       (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"), (dict(eval_every=-1), "below 0"),
+       (dict(weight_decay=-1.0), "below 0")]
 
 @pytest.mark.parametrize("bad, message", BAD)
 def test_bad_settings(bad, message):
@@ -97,6 +99,7 @@ def test_bad_shapes():
     with pytest.raises(ValueError, match="at least 2 rollouts"): group_advantages([[1.0], [2.0]])
     with pytest.raises(ValueError, match="choose mean or std"): group_advantages([[1.0, 2.0]], "max")
     with pytest.raises(ValueError, match="advantages for"): pgrpo_loss(torch.zeros(3), [1.0, 2.0])
+    with pytest.raises(ValueError, match="no tokens"): pgrpo_loss(torch.zeros(0), [])
 
 
 def slow_loss(model, tokenizer, rollouts, advantages):
@@ -275,8 +278,19 @@ def test_a_reward_that_is_no_number():
         train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], PGRPOConfig(steps=1, batch=1, group=2, limits=SHORT), lambda r, p: float("nan"))
 
 
+def test_a_group_gets_as_many_rewards_as_rollouts():
+    few = of_group(lambda rollouts, problem: [1.0] * (len(rollouts) - 1))
+    with pytest.raises(ValueError, match="gave 1 rewards for 2 rollouts"): score_group(few, [stand_in("", 1, 1)] * 2, PROBLEM)
+
+
+def test_latency_reward_keeps_right_above_wrong():
+    right, wrong = stand_in("\\boxed{26}", 9, 9), stand_in("\\boxed{27}", 1, 1)
+    with pytest.raises(ValueError, match="below 1"): latency_reward([right, wrong], PROBLEM, clip=1.2)
+    assert min(latency_reward([right, wrong], PROBLEM, cost=lambda r: 0)[:1]) > 0   # nothing cost anything
+
+
 def test_behaviour_by_hand():
-    "Right, forked, and forked where it pays and where it cannot, of three made-up rollouts."
+    "Right, forked, forked where it pays and where it cannot, how wide, of three made-up rollouts."
     pays, never = sum_of_products([(347, 689), (589, 973), (218, 746)]), chain(random.Random(0))
     say = lambda p, forks, latency, right=True: SimpleNamespace(
         text=f"\\boxed{{{p.answer + (not right)}}}", forks=forks, token_latency=latency, total_tokens=latency, well_formed=True,
@@ -284,6 +298,8 @@ def test_behaviour_by_hand():
     did = behaviour([say(pays, 1, oracle(pays).best), say(never, 0, oracle(never).best), say(never, 1, 999, False)], [pays, never, never])
     assert did["accuracy"] == pytest.approx(2 / 3) and did["fork_rate"] == pytest.approx(2 / 3) and did["share_of_possible"] == pytest.approx(1)
     assert did["fork_rate_pays"] == 1 and did["fork_rate_never"] == .5 and did["repeats"] == pytest.approx(1 / 3)
+    assert did["width"] == 1.5   # forks of two and of one
+    assert behaviour([say(never, 0, 9)], [never])["width"] is None
 
 
 def test_repeated_work_is_seen():

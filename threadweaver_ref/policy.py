@@ -76,30 +76,34 @@ def pgrpo_loss(
     advantages = torch.as_tensor(advantages, device=logprobs.device).to(logprobs.dtype)
     if sizes is not None: advantages = advantages.repeat_interleave(torch.as_tensor(sizes, device=logprobs.device))
     if advantages.shape != logprobs.shape: raise ValueError(f"{tuple(advantages.shape)} advantages for {tuple(logprobs.shape)} log-probabilities")
-    return -(advantages * logprobs).sum() / (count or len(logprobs))
+    if not (count := count or len(logprobs)): raise ValueError("no tokens to learn from")
+    return -(advantages * logprobs).sum() / count
 
 # %% ../nbs/09_policy.ipynb #4c6a124b
 @functools.lru_cache(100_000)
 def _oracle(problem): return oracle(problem)
 
-def _rate(flags): return statistics.fmean(flags) if flags else None
+def _rate(values): return statistics.fmean(values) if values else None
 
-def _repeats(nodes):
-    forks = [n for n in nodes if isinstance(n, Fork)]
-    asked = [[o.split("=")[-1] for o in f.outlines] for f in forks]
-    return any(len(set(a)) < len(a) for a in asked) or any(_repeats(t.body) for f in forks for t in f.threads)
+def _forks(nodes):
+    "All forks, inner ones too."
+    for fork in (n for n in nodes if isinstance(n, Fork)):
+        yield fork
+        for t in fork.threads: yield from _forks(t.body)
 
 def repeats(rollout) -> bool:
     "Does one of its forks, inner ones too, ask for the same work twice (outlines with the same right-hand side)?"
-    return _repeats(rollout.trajectory)
+    asked = [[o.split("=")[-1] for o in f.outlines] for f in _forks(rollout.trajectory)]
+    return any(len(set(a)) < len(a) for a in asked)
 
 def behaviour(rollouts, problems) -> dict:
-    "What rollouts did: right, forked (where it pays by 10% or more, where it cannot), did work twice, how long, share of the possible speedup."
+    "What rollouts did: right, forked (where it pays by 10% or more, where it cannot), threads a fork, work done twice, how long."
     known = [(r, p) for r, p in zip(rollouts, problems) if p.graph]
     return {"problems": len(problems), "accuracy": _rate([grade(r.text, p) for r, p in zip(rollouts, problems)]),
             "fork_rate": _rate([r.forks > 0 for r in rollouts]),
             "fork_rate_pays": _rate([r.forks > 0 for r, p in known if _oracle(p).speedup >= 1.1]),
             "fork_rate_never": _rate([r.forks > 0 for r, p in known if not _oracle(p).pays]),
+            "width": _rate([len(f.outlines) for r in rollouts for f in _forks(r.trajectory)]),
             "token_latency": statistics.fmean(r.token_latency for r in rollouts), "total_tokens": statistics.fmean(r.total_tokens for r in rollouts),
             "well_formed": _rate([r.well_formed for r in rollouts]), "repeats": _rate([repeats(r) for r in rollouts]),
             "share_of_possible": share_of_oracle([(p, _oracle(p), r) for r, p in known])}
@@ -124,9 +128,13 @@ def _describe(f):
     return f"{_describe(f.func)}({', '.join(options)})"
 
 def score_group(reward, rollouts, problem) -> list:
-    "Rewards of one problem's rollouts, by a function of (rollout, problem) or, if it is marked by `of_group`, of (rollouts, problem)."
-    if getattr(getattr(reward, "func", reward), "of_group", False): return list(reward(rollouts, problem))
-    return [reward(r, problem) for r in rollouts]
+    """Rewards of one problem's rollouts, by a function of (rollout, problem) or, if it is marked by `of_group`, of (rollouts, problem).
+
+    Raises `ValueError` if that gives too many or too few."""
+    if not getattr(getattr(reward, "func", reward), "of_group", False): return [reward(r, problem) for r in rollouts]
+    scores = list(reward(rollouts, problem))
+    if len(scores) != len(rollouts): raise ValueError(f"{_describe(reward)} gave {len(scores)} rewards for {len(rollouts)} rollouts")
+    return scores
 
 # %% ../nbs/09_policy.ipynb #5932a50e
 @dataclass(frozen=True)
@@ -162,7 +170,11 @@ class PGRPOConfig:
         if self.normalize not in ("mean", "std"): raise ValueError(f"unknown normalize {self.normalize!r}: choose mean or std")
         if self.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
         if self.tensorboard and not self.folder: raise ValueError("tensorboard=True needs a folder to write to")
-        if not self.lr > 0: raise ValueError(f"lr={self.lr}: must be above 0")
+        for f in ("lr", "clip"):
+            if not getattr(self, f) > 0: raise ValueError(f"{f}={getattr(self, f)}: must be above 0")
+        for f in ("eval_every", "weight_decay"):
+            if getattr(self, f) < 0: raise ValueError(f"{f}={getattr(self, f)}: must not be below 0")
+        if not 0 <= self.warmup <= 1: raise ValueError(f"warmup={self.warmup}: must lie between 0 and 1")
         get_join(self.join)
 
 # %% ../nbs/09_policy.ipynb #5de700f1
@@ -190,7 +202,7 @@ def _advantage_loss(advantage):
 def _learn(model, optimizers, accelerator, rollouts, advantages, config, banned=()):
     "One gradient step from rollouts and their advantages: (loss, norm of the gradient, sampled tokens)."
     count = sum(len(r.logprobs) for r in rollouts)
-    packed = [(r.tree.pack(), a) for r, a in zip(rollouts, advantages.flatten().tolist()) if abs(a) > 1e-9 and len(r.logprobs)]
+    packed = [(r.tree.pack(), a) for r, a in zip(rollouts, advantages.flatten().tolist(), strict=True) if abs(a) > 1e-9 and len(r.logprobs)]
     if not packed: return 0.0, 0.0, count
     groups = micro_batches([p for p, _ in packed], config.micro_tokens)
     loss_of = _advantage_loss({id(p): a for p, a in packed})
@@ -344,13 +356,16 @@ def latency_reward(
     rollouts,
     problem,
     rho=0.5,
-    clip=0.2,            # at most so much, either way
+    clip=0.2,            # at most so much, either way; below 1, so that right is worth more than wrong
     cost=token_latency,  # what is to be short: `f(rollout)`
 ) -> list:
-    "1 for a right answer, more or less as it cost less or more than the group's right ones on average; 0 for a wrong one."
+    """1 for a right answer, more or less as it cost less or more than the group's right ones on average; 0 for a wrong one.
+
+    Raises `ValueError` for a clip of 1 or more."""
+    if not 0 <= clip < 1: raise ValueError(f"clip={clip}: must be at least 0 and below 1")
     right = [grade(r.text, problem) for r in rollouts]
     costs = [cost(r) for r, ok in zip(rollouts, right) if ok]
-    mean = statistics.fmean(costs) if costs else 1
+    mean = (statistics.fmean(costs) if costs else 0) or 1   # 0 where all cost nothing
     return [1 + max(-clip, min(rho * (1 - cost(r) / mean), clip)) if ok else 0.0 for r, ok in zip(rollouts, right)]
 
 # %% ../nbs/09_policy.ipynb #a60c8adb
@@ -378,7 +393,6 @@ PGRPO_RECIPES = {
     "tiny-rl-eq7": PGRPORecipe(reward, _RL),
     "tiny-rl-sequential": PGRPORecipe(functools.partial(reward, rho=0.0), replace(_RL, mode="sequential")),
     "tiny-rl-short": _ABLATION,   # the one that the others differ from, each in one thing
-    "tiny-rl-short-latency": replace(_ABLATION, reward=_QUICK),
     "tiny-rl-short-rho0": replace(_ABLATION, reward=functools.partial(reward, rho=0.0)),
     "tiny-rl-short-rho2": replace(_ABLATION, reward=functools.partial(reward, rho=2.0)),
     "tiny-rl-short-minus": replace(_ABLATION, reward=functools.partial(reward, incorrect=-1.0)),
@@ -471,9 +485,10 @@ def step_bench(problems=16, group=8, alone=32, steps=3) -> dict:
     began = time.perf_counter()
     roll_out(model, tokenizer, chosen, config, process=state.process_index, processes=state.num_processes)
     together = (time.perf_counter() - began) / (problems * group)
+    some = range(problems * group)[::max(1, problems * group // alone)]
     return {"problems": problems, "group": group, "processes": state.num_processes, "threads": torch.get_num_threads(),
             "rollout_seconds": median("rollout_seconds"), "update_seconds": median("update_seconds"),
-            "alone_over_batched": _seconds_alone(model, tokenizer, chosen, config, range(0, problems * group, problems * group // alone)) / together}
+            "alone_over_batched": _seconds_alone(model, tokenizer, chosen, config, some) / together}
 
 # %% ../nbs/09_policy.ipynb #0b1d1d26
 def _found(runs):
