@@ -44,7 +44,7 @@ def _read_seconds(model, tokenizer, n):
         times.append(time.perf_counter() - began)
     return decoder.stats["prefill_tokens"], min(times)
 
-def fit_step_cost(model, tokenizer, branches=(1, 2, 4, 8), slots=(256, 512), reads=(16, 64, 256)) -> tuple:
+def fit_step_cost(model, tokenizer, branches=(1, 2, 4, 8), slots=(256, 512, 1024), reads=(16, 64, 256)) -> tuple:
     "Measure this machine: (`StepCost`, the measurements as (live, slots, seconds))."
     measured = [(b, s, step_cost(model, tokenizer, b, s)) for b in branches for s in slots]
     solve = lambda rows, y: torch.linalg.lstsq(torch.tensor(rows, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)[:, None]).solution[:, 0]
