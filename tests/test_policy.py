@@ -286,7 +286,7 @@ def test_a_group_gets_as_many_rewards_as_rollouts():
 def test_latency_reward_keeps_right_above_wrong():
     right, wrong = stand_in("\\boxed{26}", 9, 9), stand_in("\\boxed{27}", 1, 1)
     with pytest.raises(ValueError, match="below 1"): latency_reward([right, wrong], PROBLEM, clip=1.2)
-    assert min(latency_reward([right, wrong], PROBLEM, cost=lambda r: 0)[:1]) > 0   # nothing cost anything
+    assert latency_reward([right, wrong], PROBLEM, cost=lambda r: 0)[0] > 0   # nothing cost anything
 
 
 def test_behaviour_by_hand():

@@ -106,7 +106,8 @@ def test_packing_saves_half_of_the_tokens():
 def test_config_is_validated():
     for bad in (dict(steps=0), dict(batch=0), dict(micro_tokens=0), dict(save_every=0), dict(sequential=.8, autoregressive=.3),
                 dict(sequential=-.5, autoregressive=1), dict(join="zip"), dict(fork="sometimes"), dict(lr=-1.), dict(lr=0.), dict(warmup=2),
-                dict(window=0), dict(leaves=0), dict(optimizer="sgd"), dict(attention="sparse")):
+                dict(window=0), dict(leaves=0), dict(optimizer="sgd"), dict(attention="sparse"), dict(clip=0.),
+                dict(weight_decay=-1.)):
         with pytest.raises(ValueError): SFTConfig(**bad)
 
 

@@ -31,10 +31,9 @@ from tqdm.auto import tqdm
 from .bench import share_of_oracle
 from .decode import DecodeConfig, default_seeds, generate
 from .forkjoin import MODES, Limits
-from .merge import get_join
 from .model import add_lora, load_policy, merge_lora
 from .seconds import cpu_seconds
-from .sft import SFTConfig, _same_start, _train, _update, micro_batches, step_problems, train_sft
+from .sft import SFTConfig, _check_training, _same_start, _train, _update, micro_batches, step_problems, train_sft
 from .tasks import BENCH_FAMILIES, bench, grade, oracle, training_problem
 from .tokens import Fork
 
@@ -163,19 +162,12 @@ class PGRPOConfig:
     attention = "dense"           # no field: rollouts need the whole mask
 
     def __post_init__(self):
-        for f in ("steps", "batch", "micro_tokens", "save_every"):
-            if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
+        _check_training(self)
         if self.group < 2: raise ValueError(f"group={self.group}: an advantage needs at least 2 rollouts to compare")
         if self.mode not in MODES: raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if self.normalize not in ("mean", "std"): raise ValueError(f"unknown normalize {self.normalize!r}: choose mean or std")
-        if self.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
         if self.tensorboard and not self.folder: raise ValueError("tensorboard=True needs a folder to write to")
-        for f in ("lr", "clip"):
-            if not getattr(self, f) > 0: raise ValueError(f"{f}={getattr(self, f)}: must be above 0")
-        for f in ("eval_every", "weight_decay"):
-            if getattr(self, f) < 0: raise ValueError(f"{f}={getattr(self, f)}: must not be below 0")
-        if not 0 <= self.warmup <= 1: raise ValueError(f"warmup={self.warmup}: must lie between 0 and 1")
-        get_join(self.join)
+        if self.eval_every < 0: raise ValueError(f"eval_every={self.eval_every}: must not be below 0")
 
 # %% ../nbs/09_policy.ipynb #5de700f1
 def _generate(model, tokenizer, questions, decoding, seeds, process, processes):
@@ -365,7 +357,7 @@ def latency_reward(
     if not 0 <= clip < 1: raise ValueError(f"clip={clip}: must be at least 0 and below 1")
     right = [grade(r.text, problem) for r in rollouts]
     costs = [cost(r) for r, ok in zip(rollouts, right) if ok]
-    mean = (statistics.fmean(costs) if costs else 0) or 1   # 0 where all cost nothing
+    mean = statistics.fmean(costs or [0]) or 1   # where none is right, or all cost nothing
     return [1 + max(-clip, min(rho * (1 - cost(r) / mean), clip)) if ok else 0.0 for r, ok in zip(rollouts, right)]
 
 # %% ../nbs/09_policy.ipynb #a60c8adb

@@ -48,6 +48,17 @@ def packing_ratio(problems, tokenizer, fork=True, join="concat") -> float:
     return sum(alone for alone, _ in counts) / sum(packed for _, packed in counts)
 
 # %% ../nbs/07_sft.ipynb #569b93c5
+def _check_training(config, *sizes):
+    "What every training asks of its settings, those of `09_policy` too; `sizes`: further fields that must be at least 1, or None."
+    for f in ("steps", "batch", "micro_tokens", "save_every", *sizes):
+        if getattr(config, f) is not None and getattr(config, f) < 1: raise ValueError(f"{f}={getattr(config, f)}: must be at least 1")
+    for f in ("lr", "clip"):
+        if not getattr(config, f) > 0: raise ValueError(f"{f}={getattr(config, f)}: must be above 0")
+    if config.weight_decay < 0: raise ValueError(f"weight_decay={config.weight_decay}: must not be below 0")
+    if not 0 <= config.warmup <= 1: raise ValueError(f"warmup={config.warmup}: must lie between 0 and 1")
+    if config.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {config.optimizer!r}: choose adamw or muon")
+    get_join(config.join)
+
 @dataclass(frozen=True)
 class SFTConfig:
     "How to fine-tune. Raises `ValueError` for settings that cannot be."
@@ -73,14 +84,9 @@ class SFTConfig:
     attention: str = "dense"         # the whole mask, or "flex": FlexAttention by blocks (CUDA only: it has no backward on a CPU)
 
     def __post_init__(self):
-        for f in ("steps", "batch", "micro_tokens", "save_every", "window", "leaves"):
-            if getattr(self, f) is not None and getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
-        if self.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {self.optimizer!r}: choose adamw or muon")
+        _check_training(self, "window", "leaves")
         if self.attention not in ("dense", "flex"): raise ValueError(f"unknown attention {self.attention!r}: choose dense or flex")
-        get_join(self.join)
         if self.fork not in FORKS: raise ValueError(f"unknown fork mode {self.fork!r}: choose one of {', '.join(map(str, FORKS))}")
-        if not self.lr > 0: raise ValueError(f"lr={self.lr}: must be above 0")
-        if not 0 <= self.warmup <= 1: raise ValueError(f"warmup={self.warmup}: must lie between 0 and 1")
         if min(self.sequential, self.autoregressive) < 0 or self.sequential + self.autoregressive > 1:
             raise ValueError("sequential and autoregressive must lie between 0 and 1, and so must their sum")
 
