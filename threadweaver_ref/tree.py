@@ -90,6 +90,19 @@ class SpanTree(SpanTree):
         a, b = self.sorted(), other.sorted()
         return (a.ids, a.parents, a.sampled) == (b.ids, b.parents, b.sampled)
 
+# %% ../nbs/03_tree.ipynb #3d228489
+class SpanTree(SpanTree):
+    def keep(self, spans):
+        "The tree of these spans alone; they must hold every parent of theirs."
+        new, number = SpanTree(), {}
+        for s in sorted(spans): number[s] = new.add(self.ids[s], [number[p] for p in self.parents[s]], self.sampled[s])
+        return new
+
+    def scored(self):
+        "The tree without the spans that no sampled token sees: what `tree_logprobs` needs of it, in the same order."
+        wanted = self.ancestors[torch.tensor(self.sampled, dtype=torch.bool)].any(0)
+        return self.keep(wanted.nonzero()[:, 0].tolist())
+
 # %% ../nbs/03_tree.ipynb #cac2278d
 @dataclass
 class PackedTree:
