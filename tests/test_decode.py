@@ -9,7 +9,7 @@ import torch
 from helpers import ARCHITECTURES, TOKENIZERS, random_text, rngs, tiny
 
 from threadweaver_ref import decode
-from threadweaver_ref.decode import DecodeConfig, FlatCache, choose, filter_logits, generate, gumbel_noise, show_timeline
+from threadweaver_ref.decode import DecodeConfig, FlatCache, choose, filter_logits, generate, show_timeline, uniforms
 from threadweaver_ref.forkjoin import ForkJoin, Limits, ThreadError, replay
 from threadweaver_ref.merge import JOINS
 from threadweaver_ref.tokens import CONTROL_TOKENS, Fork, control_ids, encode_prompt, encode_text
@@ -537,31 +537,25 @@ def test_filter_logits():
             assert all(torch.isclose(out[i], row[i] / t) for i in kept)
 
 
-def test_noise_is_gumbel():
-    keys = torch.arange(1, 65) * 1_000_003
-    noise = gumbel_noise(keys, keys % 97, 20_000)
-    assert abs(noise.mean() - .5772) < .005 and abs(noise.var() - 1.6449) < .02
-    for x in (-1., 0., 1., 2., 4., 8.):                    # the distribution function, in its tail too
-        p, n = torch.tensor(-x).exp().neg().exp().item(), noise.numel()
-        assert abs((noise <= x).float().mean().item() - p) < 4 * (p * (1 - p) / n) ** .5 + 1e-6
-    flat = noise[:, :1000]
-    assert len(flat.unique()) > .95 * flat.numel()
-    assert abs(torch.stack([flat[:-1].flatten(), flat[1:].flatten()]).corrcoef()[0, 1]) < .02
+def test_uniforms_are_uniform():
+    keys, steps = torch.arange(1, 513) * 1_000_003, torch.arange(200)
+    u = uniforms(keys.repeat_interleave(200), steps.repeat(512)).view(512, 200)
+    assert 0 <= u.min() and u.max() < 1 and len(u.unique()) == u.numel()
+    for x in (.01, .25, .5, .75, .99): assert abs((u < x).double().mean() - x) < 4 * (x * (1 - x) / u.numel()) ** .5
+    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])): assert abs(torch.stack([a.flatten(), b.flatten()]).corrcoef()[0, 1]) < .015
 
 
-def test_noise_is_finite_whatever_the_bits(monkeypatch):
-    "Infinite noise would win against any logit, once in some million draws: every hundred tokens for a large vocabulary."
-    ones = [0, -1, 2 ** 63 - 1, -2 ** 63, *(2 ** i for i in range(63)), *(2 ** i - 1 for i in range(63)), *(-2 ** i for i in range(63))]
-    monkeypatch.setattr(decode, "_mix", lambda x: torch.tensor(ones)[None])
-    noise = gumbel_noise(torch.tensor([1]), torch.tensor([1]), len(ones))
-    assert torch.isfinite(noise).all() and noise.min() > -4 and 10 < noise.max() < 40
-
-
-def test_noise_does_not_depend_on_the_batch():
+def test_uniforms_do_not_depend_on_the_batch():
     keys, steps = torch.tensor([3, 99, 2 ** 61]), torch.tensor([0, 7, 7])
-    together = gumbel_noise(keys, steps, 50)
-    for i in range(3): assert torch.equal(together[i:i + 1], gumbel_noise(keys[i:i + 1], steps[i:i + 1], 50))
-    assert torch.equal(together[:, :20], gumbel_noise(keys, steps, 20))   # nor on a padded vocabulary
+    for i in range(3): assert uniforms(keys, steps)[i] == uniforms(keys[i:i + 1], steps[i:i + 1])
+
+
+@pytest.mark.parametrize("level", [0., 1 - 2 ** -40])
+def test_what_was_left_out_is_never_drawn(level, monkeypatch):
+    "At either end of the cumulative distribution."
+    monkeypatch.setattr(decode, "uniforms", lambda keys, steps: torch.full((len(keys),), level, dtype=torch.float64))
+    logits = torch.tensor([[-torch.inf, 0., -torch.inf, 1., -torch.inf]])
+    assert choose(logits, DecodeConfig(temperature=1.), torch.tensor([1]), torch.tensor([0])).tolist() == [1 if level == 0 else 3]
 
 
 @pytest.mark.parametrize("options", SAMPLING, ids=str)
@@ -581,8 +575,88 @@ def test_greedy_takes_the_likeliest():
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
     assert torch.equal(choose(logits, DecodeConfig(), None, None), logits.argmax(-1))
     keys = torch.arange(5)
-    for options in (dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-4)):
+    for options in (dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-3)):
         assert torch.equal(choose(logits, DecodeConfig(**{"temperature": 1., **options}), keys, keys), logits.argmax(-1))
+
+
+class Coin:
+    """A hook: at its first token and behind every join and every refused block the main thread forks with probability 1/2, as the logits
+    say and the sampler draws; threads end at once."""
+    def __init__(self, refused=False):
+        self.block = encode_text(char, block("1:p") if refused else block("1:p", "2:q"))
+
+    def __call__(self, branch, ids, logits):
+        logits[:] = -torch.inf
+        if branch.path: logits[control_ids(char)["</Thread>"]] = 0
+        elif ids and ids[0] == self.block[0]: logits[self.block[len(ids)]] = 0
+        else: logits[[self.block[0], char.eos_token_id]] = 0
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_branch_draws_anew_behind_a_join_and_a_refused_block(refused):
+    model = tiny("Qwen3", char)
+    config = DecodeConfig(temperature=1., hook=Coin(refused), limits=Limits(max_forks=4, max_tokens=600))
+    rollouts = generate(model, char, ["1+1?"] * 400, config)
+    asked = Counter(sum(i.ids[:1] == (control_ids(char)["<Parallel>"],) for i in r.timeline if i.branch == "trunk") for r in rollouts)
+    once, twice = sum(n for k, n in asked.items() if k >= 1), sum(n for k, n in asked.items() if k >= 2)
+    assert 160 < once < 240 and .38 < twice / once < .62, asked
+
+
+def test_no_random_number_is_used_twice(monkeypatch):
+    "Not within a rollout, whatever it forks, joins, and is refused."
+    places, real = [], decode.uniforms
+    def spy(keys, steps):
+        places.extend(zip(keys.tolist(), steps.tolist()))
+        return real(keys, steps)
+    monkeypatch.setattr(decode, "uniforms", spy)
+    config = DecodeConfig(temperature=1., hook=Script(char, random_plan), batch=4, limits=Limits(max_tokens=300, max_thread_tokens=60))
+    rollouts = generate(tiny("Qwen3", char), char, questions(random.Random("places"), 16), config)
+    assert any(r.forks > 1 for r in rollouts) and len(places) == sum(len(i.ids) for r in rollouts for i in r.timeline)
+    assert len(set(places)) == len(places)
+
+
+def test_a_hook_may_change_its_logits_in_place():
+    def in_place(branch, ids, logits):
+        logits[:] = -1e9
+        logits[char.eos_token_id if len(ids) > 4 else 40] = 0
+    def anew(branch, ids, logits): return torch.full_like(logits, -1e9).index_fill_(0, torch.tensor(char.eos_token_id if len(ids) > 4 else 40), 0)
+    model = tiny("Qwen3", char)
+    a, b = (generate(model, char, ["1+1?"], DecodeConfig(hook=h))[0] for h in (in_place, anew))
+    assert same(a, b) and a.logprobs.max() < -1e-3
+    same_logprobs(model, [a])
+
+
+def test_logits_that_are_no_numbers():
+    model = tiny("Qwen3", char)
+    with torch.no_grad(): model.model.norm.weight[0] = float("nan")
+    with pytest.raises((FloatingPointError, ValueError), match="not numbers|cannot serve"): generate(model, char, ["1+1?"])
+    model = tiny("Qwen3", char)
+    generate(model, char, ["1+1?"], DecodeConfig(limits=Limits(max_tokens=3)))
+    with torch.no_grad(): model.model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not numbers"): generate(model, char, ["1+1?"])
+
+
+@pytest.mark.parametrize("bad, message", [("", "question 1 is empty"), ((), "question 1 is empty"), ("\ud800", "question 1 .*surrogate"),
+                                          (None, "question 1 is neither"), (7, "question 1 is neither"), ([1.5], "question 1 is neither")])
+def test_a_bad_question_is_named_before_anything_is_decoded(bad, message, monkeypatch):
+    monkeypatch.setattr(decode.Decoder, "begin", lambda *a: pytest.fail("decoding began"))
+    with pytest.raises(ValueError, match=message): generate(tiny("Qwen3", char), char, ["1+1?", bad, "2?"])
+
+
+def test_questions_may_be_token_ids_and_come_from_a_generator():
+    model, config = tiny("Qwen3", char), DecodeConfig(limits=Limits(max_tokens=12))
+    text, ids = (generate(model, char, q, config)[0] for q in ((q for q in ["1+1?"]), [encode_prompt(char, "1+1?")]))
+    assert text.tree == ids.tree and ids.question == tuple(encode_prompt(char, "1+1?"))
+
+
+def test_a_long_question_is_read_in_parts(monkeypatch):
+    model, asked = tiny("Qwen3", char), ["1+" * 90 + "1?", "2*3?", "7-" * 40 + "1?"]
+    config = DecodeConfig(hook=Script(char, random_plan), limits=Limits(max_tokens=200, max_thread_tokens=60))
+    whole = generate(model, char, asked, config, stats=(stats := {}))
+    monkeypatch.setattr(decode, "PREFILL_CELLS", 900)
+    parts = generate(model, char, asked, config, stats=(more := {}))
+    assert all(map(same, whole, parts)) and any(r.forks for r in whole)
+    assert more["prefill_tokens"] == stats["prefill_tokens"] and more["forwards"] > stats["forwards"] + 20
 
 
 # ---- modes
