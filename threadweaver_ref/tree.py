@@ -323,6 +323,12 @@ def _inner_windows(model):
     return [n for k, n in fields if "window" in k and k != "sliding_window" and type(n) is int]
 
 # %% ../nbs/03_tree.ipynb #cccc6f1c
+def _mask_for(model, mask):
+    "The mask in the model's own number format: attention adds it to its scores."
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if not isinstance(mask, torch.Tensor) or mask.dtype in (dtype, torch.bool): return mask
+    return additive(mask >= 0, dtype)
+
 def _probe_tree(vocabulary, line, flat):
     "A root and many short siblings, at least `flat` tokens, no line longer than `line`. The last sibling is far from the root in the packed order."
     tree, ids = SpanTree(), [i % min(vocabulary, 150) for i in range(7, 7 * flat, 7)]
@@ -331,24 +337,34 @@ def _probe_tree(vocabulary, line, flat):
     return tree
 
 @torch.no_grad()
-def _probe(model, tree, device):
-    "Logits of the first and the last sibling, (tokens, V) each: alone, packed, and packed with the last one read behind a cache of all others."
-    packed, spans = tree.pack(), (1, len(tree) - 1)
-    batch, last = collate([packed], device), len(tree.ids[-1])
-    run = lambda a, b, **more: model(input_ids=batch["input_ids"][:, a:b], position_ids=batch["position_ids"][:, a:b],
-                                     attention_mask=_mask_for(model, batch["attention_mask"])[:, :, a:b, :b], **more).logits[0].float()
-    alone = [model(input_ids=torch.tensor([tree.path_ids(s)], device=device), attention_mask=None, use_cache=False).logits[0].float() for s in spans]
-    cache, n = DynamicCache(), len(packed)
-    parts = torch.cat([run(0, n - last, past_key_values=cache, use_cache=True), run(n - last, n, past_key_values=cache, use_cache=True)])
-    picked = torch.cat([(packed.span_ids == s).nonzero()[:, 0] for s in spans]).to(device)
-    return torch.cat([x[-len(tree.ids[s]):] for x, s in zip(alone, spans)]), run(0, n, use_cache=False)[picked], parts[picked]
+def _probe(model, tree, device, way):
+    "Log-probabilities (tokens, V) of the first and the last sibling: alone, packed, or packed with the last one read behind a cache."
+    packed, spans, last = tree.pack(), (1, len(tree) - 1), len(tree.ids[-1])
+    batch, n = collate([packed], device), len(packed)
+    def run(a, b, **more):
+        part = {name: batch[name][:, a:b] for name in ("input_ids", "position_ids")}
+        return model(**part, attention_mask=_mask_for(model, batch["attention_mask"])[:, :, a:b, :b], **more).logits[0]
+    if way == "alone":
+        lines = [torch.tensor([tree.path_ids(s)], device=device) for s in spans]
+        found = torch.cat([model(input_ids=line, attention_mask=None, use_cache=False).logits[0, -last:] for line in lines])
+    else:
+        cache = DynamicCache()
+        parts = [(0, n)] if way == "packed" else [(0, n - last), (n - last, n)]
+        options = dict(use_cache=False) if way == "packed" else dict(use_cache=True, past_key_values=cache)
+        found = torch.cat([run(a, b, **options) for a, b in parts])[torch.cat([(packed.span_ids == s).nonzero()[:, 0] for s in spans])]
+    return found.float().log_softmax(-1)
 
 # %% ../nbs/03_tree.ipynb #84033c0c
-def _mask_for(model, mask):
-    "The mask in the model's own number format: attention adds it to its scores."
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if not isinstance(mask, torch.Tensor) or mask.dtype in (dtype, torch.bool): return mask
-    return additive(mask >= 0, dtype)
+def _off(model, tree):
+    "What goes wrong on this tree; None if nothing does. Half precision is measured by its mean, and against a wider margin: it is noisy."
+    first = next(model.parameters())
+    exact = first.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(first.device.type)
+    for way in ("alone", "packed", "cached"):
+        try: found = _probe(model, tree, first.device, way)
+        except Exception as error: return f"it cannot run {way} ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        if way == "alone": alone, allowed = found, (5e-4 if exact else .1) * max(1.0, float(found.std(-1).mean()))
+        off = (found - alone).abs()
+        if not (off.max() if exact else off.mean()) < allowed: return f"{way}, its log-probabilities are off by up to {float(off.max()):.2g} nats"
 
 def _fault(model) -> str | None:
     "Why a tree mask cannot serve this model; None if it can."
@@ -356,15 +372,18 @@ def _fault(model) -> str | None:
     if line < 4: return f"its layers see no further than {line} tokens"
     if getattr(config, "attention_type", None) == "block_sparse": return "its layers attend in sparse blocks"
     if inner > 1000: return f"its layers may keep to a window of their own ({inner} tokens)"
-    first = next(model.parameters())
-    try: alone, packed, cached = _probe(model, _probe_tree(config.vocab_size, min(line, 7), max(300, inner + 50)), first.device)
-    except Exception as error: return f"it cannot run on a packed tree ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
-    alone, packed, cached = (x.log_softmax(-1) for x in (alone, packed, cached))
-    exact = first.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(first.device.type)
-    size = lambda x: x.abs().max() if exact else x.abs().mean()
-    allowed = (5e-4 if exact else .1) * max(1.0, float(alone.std(-1).mean()))
-    for where, found in (("on a packed tree", packed), ("behind a cache", cached)):
-        if not size(found - alone) < allowed: return f"its log-probabilities {where} are off by up to {float((found - alone).abs().max()):.2g} nats"
+    if not (off := _off(model, _probe_tree(config.vocab_size, min(line, 7), max(300, inner + 50)))): return None
+    kinds = sorted({str(k) for name in ("layer_types", "layers_block_type", "block_types") for k in getattr(config, name, None) or ()})
+    return off + (f"; its layers: {', '.join(kinds)}" if kinds else "")
+
+def _asked(model, kind):
+    "The fault of a model, asked in evaluation mode; FlexAttention is asked as sdpa, which needs no compilation."
+    training = model.training
+    if kind == "flex_attention": model.set_attn_implementation("sdpa")
+    try: return _fault(model.eval())
+    finally:
+        model.train(training)
+        if kind == "flex_attention": model.set_attn_implementation(kind)
 
 def check_model(model):
     """Raise `ValueError`, in one line, for a model that a tree mask cannot serve.
@@ -377,15 +396,6 @@ def check_model(model):
         raise ValueError(f"attention implementation {kind!r} takes no mask of our own: choose one of {', '.join(ATTENTION)}")
     if getattr(model, "_tree_fault", ("unknown",))[0] != kind: model._tree_fault = kind, _asked(model, kind)
     if fault := model._tree_fault[1]: raise ValueError(f"a tree mask cannot serve {type(model).__name__}: {fault}")
-
-def _asked(model, kind):
-    "The fault of a model, asked in evaluation mode; FlexAttention is asked as sdpa, which needs no compilation."
-    training = model.training
-    if kind == "flex_attention": model.set_attn_implementation("sdpa")
-    try: return _fault(model.eval())
-    finally:
-        model.train(training)
-        if kind == "flex_attention": model.set_attn_implementation(kind)
 
 # %% ../nbs/03_tree.ipynb #8dbc3361
 def keeps_logits(model):
