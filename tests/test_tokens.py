@@ -325,7 +325,7 @@ def metaspace_tokenizer():
     "As Mistral's and Gemma's: a space is part of the word behind it, and one is put in front of a text."
     tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(prepend_scheme="first")
-    tok.train_from_iterator(["how many clips user assistant model 12*3 []<|>/_[INST]\n."] * 5, trainers.BpeTrainer(
+    tok.train_from_iterator(["thanks: how many clips user assistant model 12*3 []<|>/_[INST]\n."] * 5, trainers.BpeTrainer(
         vocab_size=200, special_tokens=["<unk>", "<eos>"], show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<eos>", unk_token="<unk>")
 
