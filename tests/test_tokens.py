@@ -1,6 +1,8 @@
 "Grammar, parser and tokenizers: round trips, named rules, random soups, control tokens that cannot be typed."
 import copy
+import inspect
 import pickle
+import sys
 
 import pytest
 import torch
@@ -117,6 +119,18 @@ def test_check_format_never_raises_and_agrees_with_parse(soup):
     "<Parallel><Outlines><Outline>" + "9" * 6000 + ":x</Outline>", BLOCK * 500, "", "<", "<Parallel", "\x00", "\ud800",
 ], ids=range(12))
 def test_check_format_never_raises_on_extremes(text): check_format(text)
+
+
+def test_check_format_far_down_the_stack():
+    "The parser recurses, at most so far; a caller that is far down already must not notice."
+    def down(frames): return check_format(nested(MAX_NESTING)) if not frames else down(frames - 1)
+    assert down(sys.getrecursionlimit() - len(inspect.stack()) - 100) == []
+
+
+def test_a_trajectory_too_deep_to_write():
+    trajectory = [Text("x")]
+    for _ in range(1000): trajectory = [Fork(["a", "b"], [Thread(trajectory), Thread([])])]
+    with pytest.raises(ValueError, match="nested too deep"): render(trajectory)
 
 
 # ---- every rule by name

@@ -9,6 +9,7 @@ __all__ = ['CONTROL_TOKENS', 'MAX_NESTING', 'RULES', 'CARRIED', 'LEFT', 'RIGHT',
 
 # %% ../nbs/01_tokens.ipynb #7038bddf
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from unicodedata import digit, name
@@ -58,18 +59,22 @@ def _render_outlines(outlines):
 
 def _render_thread(i, thread):
     end = "" if thread.conclusion is None else f"<Conclusion>{thread.conclusion}</Conclusion>"
-    return f"<Thread>{i}:{render(thread.body)}{end}</Thread>"
+    return f"<Thread>{i}:{_render(thread.body)}{end}</Thread>"
 
-# %% ../nbs/01_tokens.ipynb #b5b152b6
-def render(
-    trajectory,  # list of `Text` and `Fork`
-) -> str:
-    "The text of a trajectory. No white space is added between tags: each would cost a decoding step."
+def _render(trajectory):
     def one(node):
         if isinstance(node, Text): return node.text
         threads = "".join(_render_thread(i, t) for i, t in enumerate(node.threads, 1))
         return f"{_render_outlines(node.outlines)}{threads}</Parallel>"
     return "".join(map(one, trajectory))
+
+# %% ../nbs/01_tokens.ipynb #b5b152b6
+def render(
+    trajectory,  # list of `Text` and `Fork`
+) -> str:
+    "The text of a trajectory. No white space is added between tags: each would cost a decoding step. Raises `ValueError` far too deep."
+    try: return _render(trajectory)
+    except RecursionError: raise ValueError("the trajectory is nested too deep to be written as text") from None
 
 # %% ../nbs/01_tokens.ipynb #5ba352e4
 _TAG = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
@@ -289,7 +294,7 @@ class _Parser(_Parser):
         self.take()
         text = self.text_until("</Conclusion>", start)
         after, rest = self.offset, self.body()
-        if self.piece == "<Conclusion>" or rest and render(rest).strip(): self.fail("conclusion_not_last", after)
+        if self.piece == "<Conclusion>" or rest and _render(rest).strip(): self.fail("conclusion_not_last", after)
         return text
 
 # %% ../nbs/01_tokens.ipynb #e56a7a21
@@ -310,7 +315,9 @@ class _Parser(_Parser):
 # %% ../nbs/01_tokens.ipynb #52eb8020
 def _parse(text):
     parser = _Parser(text)
-    trajectory = parser.body()
+    try: trajectory = parser.body()
+    except RecursionError:   # the caller is deep in functions of its own: a new thread has a stack to itself
+        with ThreadPoolExecutor(1) as pool: return pool.submit(_parse, text).result()
     return trajectory, sorted(parser.errors, key=lambda e: e.offset)
 
 def parse(
