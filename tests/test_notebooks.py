@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
@@ -57,3 +58,20 @@ def test_raises():
         with raises(ValueError, match="line 8"): raise ValueError("line 7")
     with pytest.raises(KeyError):
         with raises(ValueError): raise KeyError("other errors pass")
+
+
+def test_the_install_cell_comes_first_and_takes_no_bare_folder_for_the_package(tmp_path):
+    "After a restart on Colab the clone lies in the working directory, a folder of the package's name: that is not the package yet."
+    cells = {}
+    for path in sorted((ROOT / "nbs").glob("[!_]*.ipynb")):
+        code = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        if path.name != "index.ipynb":
+            cells[path.name] = code[1]
+            assert code[0].startswith("#| default_exp") and "find_spec" in code[1], path.name
+    assert len(set(cells.values())) == 1
+    asked = re.search(r"^if (.*):   #", code := cells["01_tokens.ipynb"], re.MULTILINE)[1]
+    assert "sys.path.insert" in code and "git clone" in code
+    (tmp_path / "threadweaver_ref").mkdir()
+    for folder, missing in [(tmp_path, True), (ROOT, False)]:
+        done = [sys.executable, "-S", "-c", f"import sys, importlib.util; sys.path[:0] = ['']; print(bool({asked}))"]
+        assert subprocess.run(done, cwd=folder, capture_output=True, text=True, env={}).stdout.strip() == str(missing)
