@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = {"cli.py", "bench.py"}   # modules that no notebook makes
+PLAIN = {"cli.py", "bench.py", "notebook.py"}   # modules that no notebook makes
 
 
 def drift(copy) -> list:

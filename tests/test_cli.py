@@ -1,13 +1,15 @@
 """The command line: what it prints, what it writes, and one clear line for every mistake."""
 import io
 import json
+import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
-
 from helpers import tiny
+from safetensors import SafetensorError
 
 from threadweaver_ref import bench, cli
 from threadweaver_ref.bench import mixed_problems, packing, table
@@ -21,7 +23,7 @@ def run(monkeypatch, capsys):
     "Run `threadweaver-ref ARGS`: (exit code, what it printed, what it complained of)."
     def call(*args, stdin=""):
         monkeypatch.setattr(sys, "argv", ["threadweaver-ref", *args])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
         with pytest.raises(SystemExit) as stop: cli.main()
         printed = capsys.readouterr()
         return stop.value.code or 0, printed.out, printed.err
@@ -55,7 +57,17 @@ def test_solve_reads_a_file(run, tmp_path):
     (["solve", "1*2+3*4?", "--policy", "nobody"], ["nobody", "tiny-sft"]),
     (["solve"], ["no question"]),
     (["solve", "--file", "/no/such/file"], ["/no/such/file"]),
+    (["solve", "1*2+3*4?", "--file", "questions.txt"], ["--file", "not both"]),
+    (["solve", "-", "--file", "questions.txt"], ["--file", "not both"]),
+    (["solve", "7*8\udcff?"], ["the question is not UTF-8", "udcff"]),
     (["train", "giant"], ["giant", "tiny-base", "tiny-sft"]),
+    (["train", "tiny-base", "--out", __file__ + "/x"], [__file__]),
+    (["evaluate", "--out", __file__ + "/x.json"], [__file__]),
+    (["bench", "--out", __file__ + "/x.json"], [__file__]),
+    (["merges", "--out", __file__ + "/x.json"], [__file__]),
+    (["policies", "--out", __file__ + "/x.json"], [__file__]),
+    (["policies", "--speed", "--out", __file__ + "/x.json"], [__file__]),
+    (["demo", "--out", __file__], [__file__]),
     (["train", "giant", "--processes", "2"], ["giant", "tiny-base", "tiny-sft"]),
     (["policies", "--runs", "/no/such/runs"], ["/no/such/runs", "tiny-rl", "train"]),
     (["policies", "--speed", "--seconds"], ["--speed", "--seconds", "one"]),
@@ -66,6 +78,99 @@ def test_mistakes_get_one_clear_line(run, args, names):
     code, out, err = run(*args)
     assert code == 2 and not out and len(err.strip().splitlines()) == 1 and "Traceback" not in err
     for name in names: assert name in err
+
+
+def test_a_wrong_recipe_gets_a_dozen_names_at_most(run):
+    _, _, err = run("train", "giant")
+    assert len(err.split("choose one of ")[1].split(", ")) <= 12 and "(and 26 tiny-sft-...)" in err
+
+
+def test_questions_are_lines_as_an_editor_counts_them(run, tmp_path, monkeypatch):
+    "A byte order mark is none of the question; form feeds and U+2028 do not end a line; a bad byte is found in its line."
+    seen = []
+    monkeypatch.setattr("threadweaver_ref.decode.generate", lambda model, tokenizer, questions, config: seen.append(questions) or [])
+    text, lines = b"\xef\xbb\xbf1*2+3?\r\n\r4*5+6?\x0c+7?\n 8*9\xe2\x80\xa8\xc2\x85+1? ", ["1*2+3?", "4*5+6?\x0c+7?", "8*9\u2028\x85+1?"]
+    (tmp_path / "q.txt").write_bytes(text)
+    assert run("solve", "--file", str(tmp_path / "q.txt"))[0] == run("solve", stdin=text)[0] == run("solve", "-", stdin=text)[0] == 0
+    assert seen == [lines] * 3
+    bad = text + b"\r1*\xff?"
+    (tmp_path / "bad.txt").write_bytes(bad)
+    for args, name in [(["--file", str(tmp_path / "bad.txt")], f"{tmp_path}/bad.txt"), ([], "standard input")]:
+        code, out, err = run("solve", *args, stdin=bad)
+        assert (code, out, err) == (2, "", f"threadweaver-ref: {name}, line 5: these bytes are not UTF-8\n")
+
+
+def test_warnings_are_shown_once(run, monkeypatch):
+    "A rollout's warnings go to standard error and into the JSON; Python's own of the same words is not shown again, another one is."
+    def warn(model, tokenizer, questions, config):
+        warnings.warn("'abc?' is no sum", stacklevel=1); warnings.warn("the window is small", stacklevel=1)
+        rollouts = generate(model, tokenizer, questions, config)
+        for r in rollouts: r.warnings = ["'abc?' is no sum"]
+        return rollouts
+    from threadweaver_ref.decode import generate
+    monkeypatch.setattr("threadweaver_ref.decode.generate", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, out, err = run("solve", "--json", stdin="1*2+3*4?\n2*3+4*5?\n")
+    assert code == 0 and err == "warning: 'abc?' is no sum\nwarning: the window is small\n"
+    assert [json.loads(line)["warnings"] for line in out.splitlines()] == [["'abc?' is no sum"]] * 2
+
+
+@pytest.mark.parametrize("error, line", [
+    (ValueError(), "ValueError"), (MemoryError(), "MemoryError"), (ValueError("\n\n  at last\nmore"), "at last"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), "is the disk full?"),
+    (RuntimeError("CUDA out of memory. Tried"), "out of memory")])
+def test_a_training_that_cannot_be_saved(run, monkeypatch, tmp_path, error, line):
+    def fail(*args): raise error
+    monkeypatch.setattr("threadweaver_ref.sft.train_recipe", lambda *args, **options: (None, None, []))
+    monkeypatch.setattr("threadweaver_ref.model.save_policy", fail)
+    code, out, err = run("train", "tiny-base", "--runs", str(tmp_path))
+    assert code == 2 and not out and line in err and len(err.splitlines()) == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(*args): raise RuntimeError("shapes do not match")
+    monkeypatch.setattr(cli, "_questions", fail)
+    monkeypatch.setattr(sys, "argv", ["threadweaver-ref", "solve"])
+    with pytest.raises(RuntimeError, match="shapes do not match"): cli.main()
+
+
+def test_a_stopped_training_says_where_it_goes_on(run, monkeypatch, tmp_path):
+    def stop(*args, **options): raise KeyboardInterrupt
+    monkeypatch.setattr("threadweaver_ref.sft.train_recipe", stop)
+    code, out, err = run("train", "tiny-base", "--runs", str(tmp_path), "--seed", "3")
+    assert code == 130 and not out and err == f"stopped: the same command goes on from the last checkpoint under {tmp_path}/seed-3\n"
+
+
+def test_earlier_results_are_read_before_measuring(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("threadweaver_ref.merges.merge_bench", lambda *args, **options: pytest.fail("measured"))
+    (tmp_path / "a.json").write_text("{}\n")
+    (tmp_path / "b.json").write_text('{"families": 1}')
+    (tmp_path / "c.json").write_text("no JSON")
+    for name in "bc":
+        code, _, err = run("merges", "--part", "joins", "--out", str(tmp_path / f"{name}.json"))
+        assert code == 2 and len(err.splitlines()) == 1
+
+
+def program(*args, stdin=b"", **env):
+    "The command line in a process of its own: (exit code, output, errors), in bytes."
+    command = [sys.executable, "-m", "threadweaver_ref.cli", *args]
+    done = subprocess.run(command, input=stdin, capture_output=True, timeout=120, env={**os.environ, **env})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_bytes_that_are_no_text_in_a_real_process():
+    "In the C locale Python reads such a byte as half a surrogate pair: found in an argument and on standard input alike."
+    for args, stdin, words in [([], b"1*2+3?\n1*\xff?\n", b"standard input, line 2"), ([b"1*\xff?"], b"", b"the question is not UTF-8")]:
+        code, out, err = program("solve", *args, stdin=stdin, LC_ALL="C")
+        assert code == 2 and not out and words in err and err.count(b"\n") == 1
+
+
+def test_a_terminal_that_knows_ascii_alone():
+    code, out, err = program("solve", "--json", "--", "-é?".encode(), PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert code == 0 and json.loads(out.decode("ascii"))["question"] == "-é?" and b"Traceback" not in err
 
 
 def test_families(run):

@@ -145,10 +145,10 @@ def check_state(machine, limits):
     return sampled
 
 
-def rollout(rng, tokenizer=char, mode="parallel", join="concat"):
+def rollout(rng, tokenizer=char, mode="parallel", join="concat", stops=None):
     "Drive a machine with nonsense in random order until it ends."
     limits = Limits(rng.randint(2, 5), rng.randint(1, 4), rng.randint(1, 3), rng.randint(1, 300), rng.randint(1, 100))
-    machine, fed, cut = start(tokenizer=tokenizer, limits=limits, mode=mode, join=join), 0, False
+    machine, fed, cut = start(tokenizer=tokenizer, limits=limits, mode=mode, join=join, stops=stops), 0, False
     while not machine.done:
         sampled = check_state(machine, limits)
         assert sampled == fed
@@ -175,19 +175,22 @@ def rollout(rng, tokenizer=char, mode="parallel", join="concat"):
 @pytest.mark.parametrize("part", range(2))
 def test_soup(part, join, tokenizer):
     "3,000 rollouts of random tokens, cancels and errors: no crash, no limit exceeded, an end, a tree that packs, and replays to itself."
-    forks = joins = 0
+    forks, joins, ends, stops = 0, 0, Counter(), [tokenizer.eos_token_id, tokenizer.pad_token_id, 40][:1 + 2 * part]
     for rng in rngs(250, f"soup{part}"):
-        machine, cut = rollout(rng, tokenizer, join=join)
+        machine, cut = rollout(rng, tokenizer, join=join, stops=stops)
         packed = machine.tree.pack()
         assert len(packed) == sum(map(len, machine.tree.ids)) and tree_mask(packed).diagonal().all()
         assert all(isinstance(e.rule, str) for e in machine.errors)
         assert all(probs == [-float(i) for i in machine.tree.ids[s]] for s, probs in machine.logprobs.items())
         assert set(machine.logprobs) == {s for s, sampled in enumerate(machine.tree.sampled) if sampled}
         forks += bool(machine.trunk.forks)
+        ends[machine.end] += 1
+        assert (machine.finish_reason == "stop") == (machine.end is not None)
         if cut: continue   # ended while its threads were at work: nothing to replay
         joins += any(isinstance(n, Fork) for n in machine.trajectory)
-        assert replay(machine.trajectory, machine.tree.ids[0], tokenizer, join, finish_reason=machine.finish_reason) == machine.tree
-    assert forks > 75 and joins > 50
+        options = dict(finish_reason=machine.finish_reason, stops=stops, end=machine.end)
+        assert replay(machine.trajectory, machine.tree.ids[0], tokenizer, join, **options) == machine.tree
+    assert forks > 75 and joins > 50 and set(ends) - {None} == set(stops)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
@@ -307,6 +310,30 @@ def test_budget_spent():
     with pytest.raises(ValueError, match="more than the budget of 4"): say(start(limits=Limits(max_tokens=4)), "trunk", "12345", "length")
 
 
+def test_many_ids_may_end_a_text():
+    "Each ends the trunk and closes a thread; a thread's is scored and seen by nobody; all are remembered."
+    eos, pad, hash_ = char.eos_token_id, char.pad_token_id, encode_text(char, "#")[0]
+    for mode, inside in [("parallel", control_ids(char)["</Outlines>"]), ("sequential", None), ("autoregressive", None)]:
+        machine = start(mode=mode, stops=[eos, hash_, pad])
+        assert machine.eos == eos and machine.end is None and set(machine.trunk.stop_ids) - {inside} == {eos, hash_, pad}
+        say(machine, "trunk", "56#")
+        assert (machine.finish_reason, machine.end, machine.text) == ("stop", hash_, "56")
+        for how in ("parallel", mode):
+            assert replay(machine.trajectory, machine.tree.ids[0], char, mode=how, stops=machine.stops, end=machine.end) == machine.tree
+    machine = start(stops=[eos, hash_, pad])
+    for step in [("trunk", block("1:a", "2:b", "3:c")), ("1", "x#"), ("2", "y<pad>"), ("3", "z<eos>"), ("trunk", "56<pad>")]: say(machine, *step)
+    assert machine.text.endswith("<Thread>1:x</Thread><Thread>2:y</Thread><Thread>3:z</Thread></Parallel>56") and machine.end == pad
+    assert [e.rule for e in machine.errors] == ["end of sequence"] * 3
+    for i in (hash_, pad, eos):
+        stray = next(s for s, ids in enumerate(machine.tree.ids) if ids == [i])
+        assert machine.tree.sampled[stray] and not any(stray in p for p in machine.tree.parents)
+    options = dict(stops=machine.stops, end=machine.end)
+    assert replay(machine.trajectory, machine.tree.ids[0], char, **options) == machine.tree
+    assert units(machine.trajectory, machine.tree.ids[0], char, **options)[-1][1][-1] == pad
+    with pytest.raises(ValueError, match="behind a stop token"): say(start(stops=[eos, hash_]), "trunk", "5#6<eos>")
+    assert say(start(), "trunk", "5#6<eos>") == []   # not a stop token unless it is said to be one
+
+
 def test_a_stop_token_counts_even_at_the_limit():
     machine = start()
     say(machine, "trunk", TWO); say(machine, "1", "a</Thread>", "length"); say(machine, "2", "b</Thread>", "length")
@@ -348,6 +375,21 @@ def test_cancel_what_waits():
     assert machine.done and machine.finish_reason == "cancelled" and machine.tree.pack()
 
 
+def test_cancel_takes_every_waiting_thread_below():
+    "Thread 1 waits for 1.1, which waits for its own: the innermost are closed and joined first, and nothing that was written is lost."
+    machine = start()
+    for step in [("trunk", TWO), ("1", "x" + TWO), ("1.1", "y" + TWO), ("1.1.2", "u")]:
+        say(machine, *step, *(["length"] if step[1] == "u" else []))
+    machine.cancel(machine.trunk.threads[0])
+    assert [(e.rule, e.path) for e in machine.errors] == [("length", "1.1.2")] + [("cancelled", p) for p in ("1.1.1", "1.1", "1.2", "1")]
+    assert [b.name for b in machine.branches] == ["trunk", "1", "2"] and [b.name for b in machine.ready] == ["2"]
+    say(machine, "2", "</Thread>"); say(machine, "trunk", "56<eos>")
+    inner = f"{TWO}<Thread>1:</Thread><Thread>2:u</Thread></Parallel>"
+    middle = f"x{TWO}<Thread>1:y{inner}</Thread><Thread>2:</Thread></Parallel>"
+    assert machine.text == f"{TWO}<Thread>1:{middle}</Thread><Thread>2:</Thread></Parallel>56" and not check_format(machine.text)
+    assert replay(machine.trajectory, machine.tree.ids[0], char) == machine.tree
+
+
 def test_text_while_a_fork_is_open():
     machine = start()
     say(machine, "trunk", "so " + TWO)
@@ -375,7 +417,7 @@ def test_modes():
     c = control_ids(char)
     seen = {mode: (start(mode=mode).trunk.stop_ids, start(mode=mode).trunk.banned_ids) for mode in MODES}
     eos = char.eos_token_id
-    assert seen == {"parallel": ((c["</Outlines>"], eos), ()), "sequential": ((eos,), (c["<Parallel>"],)), "autoregressive": ((eos,), ())}
+    assert seen == {"parallel": ((c["</Outlines>"], eos), ()), "sequential": ((eos,), tuple(c.values())), "autoregressive": ((eos,), ())}
     machine = start()
     say(machine, "trunk", TWO)
     assert machine.ready[0].stop_ids == (c["</Outlines>"], c["</Thread>"], eos)
@@ -390,3 +432,4 @@ def test_tokenizer_without_control_tokens():
     from transformers import PreTrainedTokenizerFast
     bare = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["char"]().backend_tokenizer, unk_token="<unk>")
     with pytest.raises(ValueError, match="no end-of-sequence token"): ForkJoin([20], bare)
+    assert ForkJoin([20], bare, stops=[1]).eos == 1

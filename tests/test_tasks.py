@@ -23,6 +23,7 @@ from threadweaver_ref.tasks import (
     LeftOut,
     Problem,
     Step,
+    allowed,
     bench,
     count_tokens,
     data_dir,
@@ -278,6 +279,23 @@ def test_grade_takes_the_last_box():
     assert extract_answer(r"\boxed{5") is None and extract_answer(r"\boxed{\frac{1}{2}}") == r"\frac{1}{2}"
     assert not grade(r"\boxed{56} no, \boxed{\frac{1}{2}}", RUNNING) and not grade(r"\boxed{56} wrong, \boxed{6", RUNNING)
     assert grade(r"\boxed{ 56 }", RUNNING) and grade(r"\boxed{1,200}", replace(RUNNING, answer=1200))
+
+
+@pytest.mark.parametrize("said, answer, right", [
+    ("1,2", 12, False), ("1,20", 120, False), ("1,2000", 12000, False), ("1200,", 1200, False), (",200", 200, False), ("1,,200", 1200, False),
+    ("1234,567", 1234567, False), ("12,345", 12345, True), ("1,234,567", 1234567, True), ("-1,200", -1200, True), ("1,234,56", 123456, False)])
+def test_a_comma_parts_thousands_only(said, answer, right):
+    assert grade(f"\\boxed{{{said}}}", replace(RUNNING, answer=answer)) == right
+
+
+def test_allowed_lists_a_dozen_at_most():
+    assert allowed("abc") == "a, b, c" and allowed([]) == ""
+    assert allowed(f"n{i}" for i in range(12)).count(",") == 11
+    assert allowed((f"n{i}" for i in range(40)), 3) == "n0, n1, 38 more"
+    names = ["a", "b", "b-x", "b-x-1", "b-x-2", "b-y", "bx", "c-1", "c-2"]
+    assert allowed(names, 8) == "a, b, b-x (and 2 b-x-...), b-y, bx, c-1, c-2"
+    assert allowed(names, 6) == "a, b (and 4 b-...), bx, c-1, c-2"
+    for most in range(2, 10): assert len(allowed(names, most).split(", ")) <= most
 
 
 def test_long_divisors_are_refused():

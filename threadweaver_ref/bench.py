@@ -153,7 +153,7 @@ def against_generate(model, tokenizer, problems, longest=1200) -> dict:
     prompts = [encode_prompt(tokenizer, p.question) for p in problems]
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     began = time.perf_counter()
-    out = model.generate(**batch, max_new_tokens=longest, do_sample=False, suppress_tokens=[control_ids(tokenizer)["<Parallel>"]])
+    out = model.generate(**batch, max_new_tokens=longest, do_sample=False, suppress_tokens=[*control_ids(tokenizer).values()])
     theirs = time.perf_counter() - began
     texts = [tokenizer.decode(o[batch["input_ids"].shape[1]:], skip_special_tokens=False).split(tokenizer.eos_token)[0] for o in out]
     return {"problems": len(problems), "seconds": seconds, "seconds_transformers": theirs, "ratio": theirs / seconds,

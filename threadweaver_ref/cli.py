@@ -1,8 +1,10 @@
 """The command line, `threadweaver-ref`: thin, over the modules that the notebooks build. A plain file."""
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
@@ -33,22 +35,39 @@ def _json(rollout) -> dict:
     "A rollout as plain data."
     fields = ("question", "text", "answer", "finish_reason", "token_latency", "total_tokens", "decode_steps", "peak_context", "seconds", "forks")
     return {**{f: getattr(rollout, f) for f in fields}, "errors": [str(e) for e in rollout.errors],
+            "warnings": _warned(rollout),
             "logprob": float(rollout.logprobs.sum()), "timeline": [asdict(i) for i in rollout.timeline]}
+
+
+def _warned(rollout): return list(getattr(rollout, "warnings", []))
+
+
+def _lines_of(data: bytes, name):
+    "The lines of a file as a text editor counts them, without a byte order mark. Raises `ValueError` for one that is not UTF-8."
+    lines = re.split(rb"\r\n|\r|\n", data.removeprefix(b"\xef\xbb\xbf"))
+    for number, line in enumerate(lines, 1):
+        try: yield line.decode("utf-8")
+        except UnicodeDecodeError: raise ValueError(f"{name}, line {number}: these bytes are not UTF-8") from None
 
 
 def _questions(question, file):
     "The questions of the argument, the file, or standard input; one a line."
-    if question and question != "-": return [question]
-    if not question and not file and sys.stdin.isatty(): raise ValueError("no question: give one as an argument, with --file, or on standard input")
-    text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
-    found = [line.strip() for line in text.splitlines() if line.strip()]
-    if not found: raise ValueError("no question: give one as an argument, with --file, or on standard input")
+    if question is not None and file is not None: raise ValueError("a question and --file: give one of them, not both")
+    if question and question != "-":
+        if any("\ud800" <= c <= "\udfff" for c in question): raise ValueError(f"the question is not UTF-8: {question!a:.60}")
+        return [question]
+    none = "no question: give one as an argument, with --file, or on standard input"
+    if not question and not file and sys.stdin.isatty(): raise ValueError(none)
+    lines = _lines_of(file.read_bytes(), file) if file else _lines_of(sys.stdin.buffer.read(), "standard input")
+    found = [line.strip() for line in lines if line.strip()]
+    if not found: raise ValueError(none)
     return found
 
 
 @app.command()
 def solve(
-    question: Optional[str] = typer.Argument(None, help='such as "347*6+58*9?"; "-" or nothing: read standard input'),
+    question: Optional[str] = typer.Argument(None, help='such as "347*6+58*9?"; "-" or nothing: read standard input. '
+                                            'Options first, then -- before a question that begins with "-": solve --json -- "-5*3+7?"'),
     file: Optional[Path] = typer.Option(None, help="a file with one question a line"),
     mode: str = typer.Option("parallel", help="parallel, sequential or autoregressive"),
     join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
@@ -59,12 +78,16 @@ def solve(
     as_json: bool = typer.Option(False, "--json", help="one JSON object a question"),
 ):
     "Answer questions, and show the reasoning with its threads told apart."
+    questions = _questions(question, file)   # before anything slow
     from threadweaver_ref.decode import DecodeConfig, generate
     from threadweaver_ref.model import load_policy
-    questions, config = _questions(question, file), DecodeConfig(mode=mode, join=join, temperature=temperature, seed=seed, deadline=deadline)
+    config = DecodeConfig(mode=mode, join=join, temperature=temperature, seed=seed, deadline=deadline)
     model, tokenizer = load_policy(policy)
-    for r in generate(model, tokenizer, questions, config):
-        if as_json: typer.echo(json.dumps(_json(r), ensure_ascii=False))
+    with warnings.catch_warnings(record=True) as said: rollouts = generate(model, tokenizer, questions, config)
+    noted = [w for r in rollouts for w in _warned(r)]
+    for line in dict.fromkeys([*noted, *(str(w.message) for w in said)]): typer.echo(f"warning: {line}", err=True)
+    for r in rollouts:
+        if as_json: typer.echo(json.dumps(_json(r), ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
         else: typer.echo("\n".join([r.question, *_lines(r.trajectory), _summary(r)]) + "\n")
 
 
@@ -87,11 +110,11 @@ def demo(
     from threadweaver_ref.bench import compare, mixed_problems, provenance, table
     from threadweaver_ref.decode import DecodeConfig, show_timeline
     from threadweaver_ref.model import load_policy
+    _writable(out / "demo.json")
     model, tokenizer = load_policy(policy)
     rows, rollouts = compare(model, tokenizer, mixed_problems(problems), DecodeConfig(batch=1))
     shown = max((r for _, _, r in rollouts["sums"]), key=lambda r: (r.forks > 0, -abs(len(r.text) - 700)))
     typer.echo("\none of them, whole:\n\n" + "\n".join([shown.question, *_lines(shown.trajectory), _summary(shown)]))
-    out.mkdir(parents=True, exist_ok=True)
     show_timeline(shown).figure.savefig(out / "timeline.png", dpi=120)
     _save(out / "demo.json", {**provenance(0), "policy": policy, "families": rows, "shown": _json(shown)})
     typer.echo(f"\nsequential -> parallel, same policy ({policy}), one problem at a time; speedup and possible: token latency\n\n{table(rows)}\n")
@@ -110,6 +133,7 @@ def evaluate(
     from threadweaver_ref.decode import DecodeConfig
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.tasks import BENCH_FAMILIES, bench
+    _writable(out)
     model, tokenizer = load_policy(policy)
     rows, _ = compare(model, tokenizer, {f: bench(f, problems) for f in BENCH_FAMILIES}, DecodeConfig(join=join))
     typer.echo(table(rows))
@@ -125,6 +149,7 @@ def bench_command(
     "Time decode steps by live branches, wall clock, orchestration, and batched decoding against transformers."
     from threadweaver_ref.bench import decode_bench
     from threadweaver_ref.model import load_policy
+    _writable(out)
     result = decode_bench(*load_policy(policy), problems)
     typer.echo(json.dumps(result, indent=1))
     _save(out, result)
@@ -138,10 +163,11 @@ def merges(
 ):
     "Compare the three joins, flat and nested forks, a small window, and deadlines."
     from threadweaver_ref.merges import merge_bench
+    _writable(out)
+    old = json.loads(out.read_text()) if part and out and out.is_file() else {}   # the other parts stay
+    if old and "measured" not in old: raise ValueError(f"{out} holds no earlier result of this command: choose another file")
     result = merge_bench(*([part] if part else []), n=problems)
-    if part and out and out.is_file():   # the other parts stay
-        old = json.loads(out.read_text())
-        result = {**old, **result, "measured": {**old["measured"], **result["measured"]}}
+    if old: result = {**old, **result, "measured": {**old["measured"], **result["measured"]}}
     typer.echo(json.dumps(result, indent=1))
     _save(out, result)
 
@@ -163,6 +189,7 @@ def policies(
     from threadweaver_ref.policy import measure_policies, measure_seconds, step_bench
     if speed and seconds: raise ValueError("--speed and --seconds are two measurements: choose one")
     if processes > 1 and not speed: raise ValueError(f"--processes {processes} is for --speed: the others run in one")
+    _writable(out)
     if speed:
         if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
         result = {**provenance(0), **step_bench()}
@@ -182,9 +209,17 @@ def policies(
     _save(out, {**provenance(0), **found})
 
 
-def _save(path, result):
+def _writable(path):
+    "Make the folder of a result, and see that the result can be written there: before it is measured. Raises `OSError` if not."
     if path is None: return
     path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    path.open("a").close()
+    if new: path.unlink(missing_ok=True)   # several processes may try at once
+
+
+def _save(path, result):
+    if path is None: return
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -198,18 +233,31 @@ def train(
     processes: int = typer.Option(1, help="processes that share every step; on a CPU one a core is fastest", min=1),
 ):
     "Train a shipped policy again."
+    from threadweaver_ref.policy import PGRPO_RECIPES, train_pgrpo_recipe
+    from threadweaver_ref.sft import RECIPES, train_recipe
+    from threadweaver_ref.tasks import allowed
+    recipes = {**dict.fromkeys(RECIPES, train_recipe), **dict.fromkeys(PGRPO_RECIPES, train_pgrpo_recipe)}
+    if name not in recipes: raise ValueError(f"unknown recipe {name!r}: choose one of {allowed(recipes)}")   # once, not by every process
+    if seed: runs = runs / f"seed-{seed}"
+    folder = out or runs / name / "policy"
+    try:
+        if "RANK" not in os.environ: _writable(folder / "config.json")
+        if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
+        trained = recipes[name](name, runs, **({"steps": steps} if steps else {}), **({"seed": seed} if seed else {}))
+        _save_trained(name, *trained[:2], folder)
+    except KeyboardInterrupt:
+        if "RANK" not in os.environ: typer.echo(f"stopped: the same command goes on from the last checkpoint under {runs}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _save_trained(name, model, tokenizer, folder):
+    "Save what a recipe trained; of one with an adapter also the merged model, in a second folder."
     from accelerate import PartialState
 
     from threadweaver_ref.model import merge_lora, save_policy
-    from threadweaver_ref.policy import PGRPO_RECIPES, train_pgrpo_recipe
-    from threadweaver_ref.sft import RECIPES, train_recipe
-    recipes = {**dict.fromkeys(RECIPES, train_recipe), **dict.fromkeys(PGRPO_RECIPES, train_pgrpo_recipe)}
-    if name not in recipes: raise ValueError(f"unknown recipe {name!r}: choose one of {', '.join(recipes)}")   # once, not by every process
-    if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
-    if seed: runs = runs / f"seed-{seed}"
-    model, tokenizer, _ = recipes[name](name, runs, **({"steps": steps} if steps else {}), **({"seed": seed} if seed else {}))
+    from threadweaver_ref.policy import PGRPO_RECIPES
     if not PartialState().is_main_process: return
-    folders = [out or runs / name / "policy"]
+    folders = [folder]
     save_policy(model, tokenizer, folders[0])
     if name in PGRPO_RECIPES:   # the first folder holds the adapter alone
         folders.append(folders[0].with_name(folders[0].name + "-merged"))
@@ -238,14 +286,28 @@ def families():
         typer.echo(f"{name}: {sampler.__doc__}\n   {p.question} -> {p.answer}; token latency {o.sequential} sequential, {o.best} at best")
 
 
+def _explained(error) -> bool:
+    "Is it a mistake or a shortage that one line explains? Of libraries' own errors: a disk or a memory that is full."
+    full = ("inline_container", "PytorchStreamWriter", "iostream error", "out of memory", "not enough memory", "can't allocate memory")
+    return (isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError)) or type(error).__name__ == "SafetensorError"
+            or isinstance(error, RuntimeError) and any(words in str(error) for words in full))
+
+
 def main():
     "Run the command line; an error is one clear line."
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    try: app()
-    except (ValueError, OSError, FloatingPointError) as error:
-        typer.echo(f"threadweaver-ref: {str(error).splitlines()[0]}", err=True)
+    for stream in (sys.stdout, sys.stderr):   # a terminal may know ASCII alone
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+    try:
+        from transformers.utils import logging
+        logging.disable_progress_bar()
+        app()
+    except KeyboardInterrupt: raise SystemExit(130) from None
+    except Exception as error:
+        if not _explained(error): raise
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "inline_container" in line: line = f"a file could not be written, is the disk full? {line}"
+        typer.echo(f"threadweaver-ref: {line}", err=True)
         raise SystemExit(2) from None
 
 

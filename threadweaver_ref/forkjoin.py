@@ -66,12 +66,12 @@ class Branch(Branch):
     def stop_ids(self) -> tuple:
         "It stops after one of these."
         c, m = self.machine.control, self.machine
-        if m.mode != "parallel": return (m.eos,)
-        return (c["</Outlines>"], c["</Thread>"], m.eos) if self.path else (c["</Outlines>"], m.eos)
+        if m.mode != "parallel": return m.stops
+        return (c["</Outlines>"], c["</Thread>"], *m.stops) if self.path else (c["</Outlines>"], *m.stops)
     @property
     def banned_ids(self) -> tuple:
         "It may not write these."
-        return (self.machine.control["<Parallel>"],) if self.machine.mode == "sequential" else ()
+        return tuple(self.machine.control.values()) if self.machine.mode == "sequential" else ()
     @property
     def budget(self) -> int:
         "How many tokens it may write before it must be fed."
@@ -87,11 +87,13 @@ class ForkJoin:
         join="concat",            # how threads come back: a name in `JOINS`
         limits=Limits(),
         mode="parallel",          # or "sequential", "autoregressive"
+        stops=None,               # ids that end a text, the usual one first (`stop_ids`); default: the tokenizer's end of sequence
     ):
         if mode not in MODES: raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
         self.tokenizer, self.join, self.limits, self.mode = tokenizer, get_join(join), limits, mode
-        self.control, self.eos = control_ids(tokenizer), tokenizer.eos_token_id
-        if self.eos is None: raise ValueError("the tokenizer has no end-of-sequence token")
+        self.control, usual = control_ids(tokenizer), tokenizer.eos_token_id
+        self.stops = tuple(stops or ()) or (() if usual is None else (usual,))
+        if not self.stops: raise ValueError("the tokenizer has no end-of-sequence token, and no stops are given")
         self._tree, self.errors, self.finish_reason, self.logprobs = SpanTree(), [], None, {}
         self.trunk = Branch(self, (), self._tree.add(prompt_ids), limits.max_tokens)
         self.branches = [self.trunk]
@@ -99,6 +101,12 @@ class ForkJoin:
     def __repr__(self): return f"ForkJoin({self.finish_reason or self.ready}, {self.tree})"
     @property
     def done(self): return self.finish_reason is not None
+    @property
+    def eos(self) -> int: return self.stops[0]
+    @property
+    def end(self):
+        "The id that ended the rollout; None if none did."
+        return self.trunk.end[0] if self.trunk.end else None
     @property
     def ready(self) -> list:
         "The branches that want tokens. They are independent: feed them in any order."
@@ -119,13 +127,13 @@ class ForkJoin(ForkJoin):
         ids = [int(i) for i in ids]
         stop = self._check(branch, ids, finish_reason, logprobs)
         branch.used += len(ids)
-        branch.end = (stop,) if stop in (self.eos, self.control["</Thread>"]) else ()
+        branch.end = (stop,) if stop in (*self.stops, self.control["</Thread>"]) else ()
         branch.tail += ids[:-1] if branch.end else ids
         self._write(branch, ids, logprobs)
         if stop is None: self._break_off(branch, finish_reason)
         elif stop == self.control["</Outlines>"]: self._try_fork(branch)
         elif stop == self.control["</Thread>"]: self._close(branch)
-        elif branch.path: self._break_off(branch, "end of sequence")
+        elif branch.path: self._break_off(branch, "end of sequence")   # any of `stops`
         else: self._finish("stop")
 
 # %% ../nbs/05_forkjoin.ipynb #e4e831d2
@@ -142,7 +150,7 @@ class ForkJoin(ForkJoin):
 
     def _write(self, branch, ids, logprobs):
         "What a branch wrote becomes a span; a thread's end-of-sequence token one of its own, which nobody sees."
-        said = len(ids) - (branch.depth > 0 and branch.end == (self.eos,))
+        said = len(ids) - (branch.depth > 0 and not set(branch.end).isdisjoint(self.stops))
         for part, goes_on in ((slice(said), True), (slice(said, None), False)):
             if not ids[part]: continue
             span = self._tree.add(ids[part], [branch.span], sampled=True)
@@ -201,8 +209,7 @@ class ForkJoin(ForkJoin):
         parent.used += sum(t.used for t in threads)
         parent.span = self.join(self._tree, parent.span, [t.span for t in threads], self.control)
         parent.threads = None
-        self.branches = [b for b in self.branches if b not in threads]
-        if not parent.budget: self._break_off(parent, "length")
+        self.branches = [b for b in self.branches if b not in threads]   # and the parent has its own share of the budget left
 
     def _break_off(self, branch, reason):
         "A branch that did not end by itself: the trunk ends the rollout, a thread is closed and joined."
@@ -295,15 +302,17 @@ def play(
     join="concat",
     finish_reason="stop",  # other than "stop": the trunk was cut off, without end of sequence
     rng=None,              # `random.Random`: feed the branches in random order
+    stops=None,            # as for `ForkJoin`
+    end=None,              # which of them ended the trunk (`machine.end`); default: the first
 ):
     "Drive the state machine with a recorded trajectory: yields (machine, branch, completion) before each feed."
-    machine, scripts = ForkJoin(prompt_ids, tokenizer, join, NO_LIMITS), {}
+    machine, scripts = ForkJoin(prompt_ids, tokenizer, join, NO_LIMITS, stops=stops), {}
     while not machine.done:
         branch = rng.choice(machine.ready) if rng else machine.ready[0]
         if branch.path not in scripts:
             nodes, thread = _at(trajectory, branch.path)
-            end = _thread_end(thread, tokenizer) if thread else [machine.eos] * (finish_reason == "stop")
-            scripts[branch.path] = _completions(nodes, tokenizer, end)
+            last = _thread_end(thread, tokenizer) if thread else [machine.eos if end is None else end] * (finish_reason == "stop")
+            scripts[branch.path] = _completions(nodes, tokenizer, last)
         ids, forks = next(scripts[branch.path])
         machine.limits = NO_LIMITS if forks else NO_FORKS
         yield machine, branch, ids
@@ -318,16 +327,18 @@ def replay(
     join="concat",
     mode="parallel",       # otherwise the whole text is one sampled line
     finish_reason="stop",  # of the rollout, if it was decoded
+    stops=None,            # ids that end a text; default: the tokenizer's end of sequence
+    end=None,              # which of them ended the rollout; default: the first
 ) -> SpanTree:
     "The tree that decoding would have grown. What the model has to write is sampled, the rest is forced."
     if mode not in MODES: raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
-    steps = list(play(trajectory, prompt_ids, tokenizer, join if mode == "parallel" else "concat", finish_reason))
+    steps = list(play(trajectory, prompt_ids, tokenizer, join if mode == "parallel" else "concat", finish_reason, stops=stops, end=end))
     machine, tree = steps[-1][0], SpanTree()
     if mode == "parallel": return machine.tree.sorted()
     line = machine.trunk.context_ids[len(prompt_ids):]
     tree.add(line, [tree.add(prompt_ids)], sampled=True)
     return tree
 
-def units(trajectory, prompt_ids, tokenizer, join="concat") -> list:
+def units(trajectory, prompt_ids, tokenizer, join="concat", stops=None, end=None) -> list:
     "Every request that the state machine makes for this trajectory: `[(context_ids, completion_ids), ...]`."
-    return [(b.context_ids, ids) for _, b, ids in play(trajectory, prompt_ids, tokenizer, join)]
+    return [(b.context_ids, ids) for _, b, ids in play(trajectory, prompt_ids, tokenizer, join, stops=stops, end=end)]

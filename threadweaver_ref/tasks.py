@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'FORKS', 'TRACES', 'HABITS', 'FAMILIES', 'BENCH_FAMILIES', 'Step', 'Graph', 'Problem', 'sum_of_products',
            'levels', 'plain', 'work', 'answer_text', 'groups', 'trace', 'extract_answer', 'grade', 'count_tokens',
-           'Oracle', 'oracle', 'family', 'get_family', 'sums', 'chain', 'product', 'nested', 'data_dir', 'gsm8k_graphs',
-           'gsm8k', 'to_json', 'from_json', 'bench', 'held_out', 'training_problem', 'write_bench']
+           'Oracle', 'oracle', 'allowed', 'family', 'get_family', 'sums', 'chain', 'product', 'nested', 'data_dir',
+           'gsm8k_graphs', 'gsm8k', 'to_json', 'from_json', 'bench', 'held_out', 'training_problem', 'write_bench']
 
 # %% ../nbs/02_tasks.ipynb #78a75b4d
 import functools
@@ -15,6 +15,7 @@ import os
 import random
 import re
 import string
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -321,9 +322,12 @@ def extract_answer(text: str):
         depth += (c == "{") - (c == "}")
         if not depth: return box[1][:i].strip()
 
+_THOUSANDS = re.compile(r"-?[0-9]{1,3}(,[0-9]{3})+")
+
 def grade(text: str, problem: Problem) -> bool:
-    "Is the last boxed answer the right one? `1,200` is 1200."
-    return (extract_answer(text) or "").replace(",", "") == str(problem.answer)
+    "Is the last boxed answer the right one? `1,200` is 1200; `1,2` is no number."
+    said = extract_answer(text) or ""
+    return (said.replace(",", "") if _THOUSANDS.fullmatch(said) else said) == str(problem.answer)
 
 # %% ../nbs/02_tasks.ipynb #cded03ad
 _TAGGED = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
@@ -385,6 +389,22 @@ def oracle(problem: Problem) -> Oracle:
     best = sum(_phase_oracle(phase, costs) for phase in problem.graph.phases)
     return Oracle(best + fixed, sum(costs.values()) + fixed)
 
+# %% ../nbs/02_tasks.ipynb #5ce2712b
+def allowed(
+    names,    # any number of names; `a-b` counts as belonging to `a`
+    most=12,  # to be listed
+) -> str:
+    "Names for an error message: all of them, or the first words of groups and how many more begin so."
+    names = dict.fromkeys(names, 0)   # name -> how many are left out because they begin with it
+    while len(names) > most:
+        above = {n: max((a for a in names if n.startswith(f"{a}-")), key=len, default=None) for n in names}
+        groups = Counter(a for a in above.values() if a)
+        if not groups: break
+        group = max(groups, key=lambda a: (a.count("-"), groups[a]))   # the innermost; of these the largest
+        for n in [n for n in names if above[n] == group]: names[group] += 1 + names.pop(n)
+    shown = [f"{n} (and {k} {n}-...)" if k else n for n, k in names.items()]
+    return ", ".join(shown if len(shown) <= most else [*shown[:most - 1], f"{len(shown) - most + 1} more"])
+
 # %% ../nbs/02_tasks.ipynb #a3d08d17
 FAMILIES = {}  # name -> sampler, `Callable[[random.Random, ...], Problem]`
 
@@ -400,7 +420,7 @@ def family(
 
 def get_family(name: str):
     "The sampler of that name. Raises `ValueError` that names the known ones."
-    if name not in FAMILIES: raise ValueError(f"unknown family {name!r}: choose one of {', '.join(FAMILIES)}")
+    if name not in FAMILIES: raise ValueError(f"unknown family {name!r}: choose one of {allowed(FAMILIES)}")
     return FAMILIES[name]
 
 # %% ../nbs/02_tasks.ipynb #988cc173
@@ -595,7 +615,7 @@ def bench(name: str, n=None) -> list:
     "The first `n` of the 500 held-out problems of a family. Raises `ValueError` if there is no such set."
     path = data_dir() / "bench" / f"{name}.jsonl"
     known = sorted(p.stem for p in path.parent.glob("*.jsonl"))
-    if name not in known: raise ValueError(f"no held-out set {name!r}: choose one of {', '.join(known)}")
+    if name not in known: raise ValueError(f"no held-out set {name!r}: choose one of {allowed(known)}")
     return [from_json(row) for row in read_jsonl(path)[:n]]
 
 @functools.cache

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CONTROL_TOKENS', 'MAX_NESTING', 'RULES', 'CARRIED', 'LEFT', 'RIGHT', 'COLUMNS', 'Text', 'Thread', 'Fork', 'render',
            'draw_trajectory', 'FormatError', 'parse', 'check_format', 'parse_outlines', 'char_tokenizer',
-           'add_control_tokens', 'encode_text', 'encode_prompt', 'control_ids']
+           'add_control_tokens', 'encode_text', 'encode_prompt', 'stop_ids', 'control_ids']
 
 # %% ../nbs/01_tokens.ipynb #7038bddf
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from unicodedata import digit, name
@@ -58,18 +59,22 @@ def _render_outlines(outlines):
 
 def _render_thread(i, thread):
     end = "" if thread.conclusion is None else f"<Conclusion>{thread.conclusion}</Conclusion>"
-    return f"<Thread>{i}:{render(thread.body)}{end}</Thread>"
+    return f"<Thread>{i}:{_render(thread.body)}{end}</Thread>"
 
-# %% ../nbs/01_tokens.ipynb #b5b152b6
-def render(
-    trajectory,  # list of `Text` and `Fork`
-) -> str:
-    "The text of a trajectory. No white space is added between tags: each would cost a decoding step."
+def _render(trajectory):
     def one(node):
         if isinstance(node, Text): return node.text
         threads = "".join(_render_thread(i, t) for i, t in enumerate(node.threads, 1))
         return f"{_render_outlines(node.outlines)}{threads}</Parallel>"
     return "".join(map(one, trajectory))
+
+# %% ../nbs/01_tokens.ipynb #b5b152b6
+def render(
+    trajectory,  # list of `Text` and `Fork`
+) -> str:
+    "The text of a trajectory. No white space is added between tags: each would cost a decoding step. Raises `ValueError` far too deep."
+    try: return _render(trajectory)
+    except RecursionError: raise ValueError("the trajectory is nested too deep to be written as text") from None
 
 # %% ../nbs/01_tokens.ipynb #5ba352e4
 _TAG = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
@@ -289,7 +294,7 @@ class _Parser(_Parser):
         self.take()
         text = self.text_until("</Conclusion>", start)
         after, rest = self.offset, self.body()
-        if self.piece == "<Conclusion>" or rest and render(rest).strip(): self.fail("conclusion_not_last", after)
+        if self.piece == "<Conclusion>" or rest and _render(rest).strip(): self.fail("conclusion_not_last", after)
         return text
 
 # %% ../nbs/01_tokens.ipynb #e56a7a21
@@ -310,7 +315,9 @@ class _Parser(_Parser):
 # %% ../nbs/01_tokens.ipynb #52eb8020
 def _parse(text):
     parser = _Parser(text)
-    trajectory = parser.body()
+    try: trajectory = parser.body()
+    except RecursionError:   # the caller is deep in functions of its own: a new thread has a stack to itself
+        with ThreadPoolExecutor(1) as pool: return pool.submit(_parse, text).result()
     return trajectory, sorted(parser.errors, key=lambda e: e.offset)
 
 def parse(
@@ -387,15 +394,94 @@ def encode_text(tokenizer, text: str) -> list:
     return tokenizer.encode(text, add_special_tokens=False)
 
 # %% ../nbs/01_tokens.ipynb #999ac7d8
+def _tags(tokenizer):
+    "What a user may not write: (a regular expression that finds overlapping ones too, their ids)."
+    added = [t.content for t in tokenizer.added_tokens_decoder.values()]
+    tags = {t for t in [*CONTROL_TOKENS, *tokenizer.all_special_tokens, *added] if len(t) > 1 and t.strip(" \t\r\n▁")}
+    longest_first = "|".join(map(re.escape, sorted(tags, key=len, reverse=True)))
+    return re.compile(f"(?=({longest_first}))"), set(tokenizer.convert_tokens_to_ids(sorted(tags))) - {tokenizer.unk_token_id}
+
+def _halved(tokenizer, text, ids):
+    "Ids of a text, none of them in `ids`: it is halved until that is so."
+    found = encode_text(tokenizer, text)
+    if len(text) < 2 or ids.isdisjoint(found): return found
+    return _halved(tokenizer, text[:len(text) // 2], ids) + _halved(tokenizer, text[len(text) // 2:], ids)
+
+def _encode_plain(tokenizer, text):
+    "Ids of a text in which no tag counts."
+    tags, ids = _tags(tokenizer)
+    cuts = [0, *(tag.start() + 1 for tag in tags.finditer(text)), len(text)]
+    return [i for a, b in pairwise(cuts) for i in _halved(tokenizer, text[a:b], ids)]
+
+# %% ../nbs/01_tokens.ipynb #7e38f9ef
+_WORD = "PLACEHOLDER"
+
+def _render_chat(tokenizer, *contents, **options):
+    "The chat template, filled with turns of user and assistant. Raises `ValueError` if it does not take them."
+    turns = [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
+    try: return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except Exception as error: raise ValueError(f"the chat template cannot be used: {error or type(error).__name__}") from error
+
+def _turn(tokenizer, text):
+    "A user's turn in the chat template: what stands before the text, the text as the template gives it, what stands behind it."
+    frame = _render_chat(tokenizer, _WORD, add_generation_prompt=True)
+    if frame.count(_WORD) != 1: raise ValueError(f"the chat template shows the user's text {frame.count(_WORD)} times, not once")
+    before, after = frame.split(_WORD)
+    whole = _render_chat(tokenizer, text, add_generation_prompt=True)
+    fits = len(whole) >= len(before + after) and whole.startswith(before) and whole.endswith(after)
+    return before, whole[len(before):len(whole) - len(after)] if fits else text, after
+
+# %% ../nbs/01_tokens.ipynb #7d800680
+def _encode_turn(tokenizer, text):
+    "Ids of a user's turn, with what the chat template puts around it."
+    (before, said, after), (tags, ids) = _turn(tokenizer, text), _tags(tokenizer)
+    counting = lambda text: [i for i in encode_text(tokenizer, text) if i in ids]
+    whole = before + said + after
+    if not tags.search(said) and counting(whole) == counting(before + _WORD + after): return encode_text(tokenizer, whole)
+    head = max((tag.end() + len(tag[1]) for tag in tags.finditer(before)), default=0)
+    tail = min((tag.start() for tag in tags.finditer(after)), default=len(after))
+    middle = _encode_plain(tokenizer, before[head:] + said + after[:tail])
+    return [*encode_text(tokenizer, before[:head]), *middle, *encode_text(tokenizer, after[tail:])]
+
+# %% ../nbs/01_tokens.ipynb #c56f8ed1
+def _in_front(tokenizer):
+    "Ids that the tokenizer puts in front of every text: BOS, if its model was trained with one."
+    with_front, text = tokenizer.encode("1"), encode_text(tokenizer, "1")
+    return next((with_front[:k] for k in range(len(with_front)) if with_front[k:k + len(text)] == text), [])
+
 def encode_prompt(
     tokenizer,
-    text: str,  # what a user typed
+    text,       # what a user typed; or a list of ids, which is the prompt already
+    chat=None,  # put it into the tokenizer's chat template as the user's turn? None: if there is one
 ) -> list:
-    "Ids of a user's text. Control tokens in it, and the tokenizer's own special tokens, stay plain text."
-    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    specials = "|".join(re.escape(t) for t in {*CONTROL_TOKENS, *tokenizer.all_special_tokens, *added} if len(t) > 1)
-    cuts = [0, *(tag.start() + 1 for tag in re.finditer(f"(?={specials})", text)), len(text)]  # overlapping ones too
-    return [i for a, b in pairwise(cuts) for i in encode_text(tokenizer, text[a:b])]
+    "Ids of a question. Control tokens and special tokens in it stay plain text. Raises `ValueError` for what is no text, and without a template."
+    if isinstance(text, (list, tuple)): return list(text)
+    if not isinstance(text, str): raise ValueError(f"a question is a text or a list of ids, not {type(text).__name__}")
+    if any("\ud800" <= c <= "\udfff" for c in text): raise ValueError(f"half a surrogate pair is no text: {text[:40]!r}")
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template: raise ValueError("chat=True, but the tokenizer has no chat template")
+    if has_template and chat is not False: return _encode_turn(tokenizer, text)
+    return _in_front(tokenizer) + _encode_plain(tokenizer, text)
+
+# %% ../nbs/01_tokens.ipynb #d140bfe1
+def _turn_end(tokenizer):
+    "The id of the special token with which the chat template ends an assistant's turn, in a list; empty if there is none."
+    if not getattr(tokenizer, "chat_template", None): return []
+    try: behind = _render_chat(tokenizer, "1", _WORD).rpartition(_WORD)[2].lstrip()
+    except ValueError: return []   # a template for something else than turns
+    end = max((t for t in tokenizer.all_special_tokens if behind.startswith(t)), key=len, default=None)
+    return [] if end is None else [tokenizer.convert_tokens_to_ids(end)]
+
+def stop_ids(
+    model,      # its configs may name more ids than the tokenizer does; or None
+    tokenizer,
+) -> tuple:
+    "Every id that ends a text: the tokenizer's end of sequence, the model's, and the end of a turn in the chat template."
+    found = [tokenizer.eos_token_id]
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        ids = getattr(config, "eos_token_id", None)
+        found += ids if isinstance(ids, (list, tuple)) else [ids]
+    return tuple(dict.fromkeys(i for i in [*found, *_turn_end(tokenizer)] if i is not None))
 
 # %% ../nbs/01_tokens.ipynb #6eb01111
 def control_ids(tokenizer) -> dict:
