@@ -44,7 +44,8 @@ SMALL = {name: value for value, names in _SIZES.items() for name in names.split(
 OWN = {   # what a config asks for beside its sizes
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]]), "mamba2": dict(num_heads=4, expand=2), "zaya": dict(num_experts_per_tok=1),
     "lfm2": dict(layer_types=["conv", "full_attention"] * 2), "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
-    "deepseek_v3": dict(head_dim=8), "axk1": dict(head_dim=8), "longcat_flash": dict(head_dim=8), "youtu": dict(head_dim=8), "codegen": dict(n_head=4),
+    "deepseek_v3": dict(head_dim=8), "axk1": dict(head_dim=8), "longcat_flash": dict(head_dim=8), "youtu": dict(head_dim=8),
+    "codegen": dict(n_head=4),
     "reformer": dict(axial_pos_shape=[16, 32], axial_pos_embds_dim=[16, 16], attn_layers=["local", "lsh"], num_hidden_layers=2),
     "zamba2": dict(layer_types=["mamba", "hybrid"] * 2), "mimo_v2_flash": dict(v_head_dim=16, head_dim=16, swa_head_dim=16, swa_v_head_dim=16),
 }

@@ -119,9 +119,9 @@ def same_logprobs(model, rollouts, size=8):
         assert torch.allclose(torch.cat([r.logprobs for r in group]), scored, atol=1e-4)
 
 
-def replayed(rollout, tokenizer, config):
+def replayed(rollout, tokenizer, config, stops=None):
     prompt = encode_prompt(tokenizer, rollout.question)
-    return replay(rollout.trajectory, prompt, tokenizer, config.join, config.mode, rollout.finish_reason)
+    return replay(rollout.trajectory, prompt, tokenizer, config.join, config.mode, rollout.finish_reason, stops=stops, end=rollout.end)
 
 
 def same(a, b):

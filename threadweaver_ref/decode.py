@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from .forkjoin import MODES, ForkJoin, Limits
 from .merge import get_join
 from .tasks import extract_answer
-from .tokens import Fork, check_format, encode_prompt, encode_text
+from .tokens import Fork, check_format, encode_prompt, encode_text, stop_ids
 from .tree import SpanTree, check_model, keeps_logits, line_limit
 
 # %% ../nbs/08_decode.ipynb #a5cb1cfa
@@ -97,6 +97,7 @@ class DecodeConfig:
     top_k: int = 0               # 0: all
     limits: Limits = Limits()
     seed: int = 0
+    chat: bool | None = None     # put questions into the tokenizer's chat template? None: if it has one
     window: int | None = None    # no token stands at this position or behind; at most what the model was made for, which is the default
     deadline: int | None = None  # decoding steps; then the unfinished threads of a fork are closed and joined as they stand
     batch: int = 64              # problems decoded at the same time
@@ -142,6 +143,7 @@ class Rollout:
     trajectory: list = field(repr=False)
     peak_slots: int = 0      # slots of the cache in use at the most
     load: list = field(default_factory=list, repr=False)   # (live branches, slots in use) of every decoding step
+    end: int | None = None   # the id that ended it; None if it was cut off
 
     def __repr__(self):
         return (f"Rollout({self.question!r} -> {self.answer!r}, {self.finish_reason}, forks={self.forks}, token_latency={self.token_latency}, "
@@ -333,7 +335,7 @@ class Decoder:
         check_model(model)
         reach = config.window, getattr(model.config.get_text_config(), "max_position_embeddings", None), line_limit(model)
         self.window = min(n for n in reach if n)   # the least of all
-        self.rows, self.step = [], 0
+        self.rows, self.step, self.stops = [], 0, stop_ids(model, tokenizer)
         self.stats = {"steps": 0, "forwards": 0, "prefill_tokens": 0, "prefill_seconds": 0.0, "forward_seconds": 0.0}
 
 # %% ../nbs/08_decode.ipynb #2329c074
@@ -375,7 +377,8 @@ class Decoder(Decoder):
         "Fill free rows of the cache with waiting questions."
         while self.waiting and len(self.rows) < count:
             index, question, seed = self.waiting.pop()
-            machine = ForkJoin(encode_prompt(self.tokenizer, question), self.tokenizer, self.config.join, self.config.limits, self.config.mode)
+            prompt, config = encode_prompt(self.tokenizer, question, self.config.chat), self.config
+            machine = ForkJoin(prompt, self.tokenizer, config.join, config.limits, config.mode, self.stops)
             self.rows.append(_Row(index, question, machine, seed))
 
     def _start(self):
@@ -617,7 +620,7 @@ class Decoder(Decoder):
         text = machine.text
         return Rollout(row.question, text, extract_answer(text), tree.sorted(), torch.tensor(logprobs), machine.finish_reason, machine.errors,
                        latency + end, total + end, steps, int((tree.ancestors * sizes).sum(1).max()),
-                       time.perf_counter() - row.began, row.timeline, machine.trajectory, row.used, row.load)
+                       time.perf_counter() - row.began, row.timeline, machine.trajectory, row.used, row.load, machine.end)
 
 # %% ../nbs/08_decode.ipynb #d3d7cdbb
 def default_seeds(seed, questions) -> list:

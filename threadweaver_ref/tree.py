@@ -362,7 +362,7 @@ def _off(model, tree):
     for way in ("alone", "packed", "cached"):
         try: found = _probe(model, tree, first.device, way)
         except Exception as error: return f"it cannot run {way} ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
-        if way == "alone": alone, allowed = found, (5e-4 if exact else .1) * max(1.0, float(found.std(-1).mean()))
+        if way == "alone": alone, allowed = found, (2e-4 if exact else .1) * max(1.0, float(found.std(-1).mean()))
         off = (found - alone).abs()
         if not (off.max() if exact else off.mean()) < allowed: return f"{way}, its log-probabilities are off by up to {float(off.max()):.2g} nats"
 
