@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, TOKENIZERS, random_text, rngs, tiny
+from helpers import ARCHITECTURES, TOKENIZERS, bpe_tokenizer, random_text, rngs, tiny
 
 from threadweaver_ref import decode
 from threadweaver_ref.decode import DecodeConfig, FlatCache, choose, filter_logits, generate, show_timeline, uniforms
@@ -647,6 +647,34 @@ def test_questions_may_be_token_ids_and_come_from_a_generator():
     model, config = tiny("Qwen3", char), DecodeConfig(limits=Limits(max_tokens=12))
     text, ids = (generate(model, char, q, config)[0] for q in ((q for q in ["1+1?"]), [encode_prompt(char, "1+1?")]))
     assert text.tree == ids.tree and ids.question == tuple(encode_prompt(char, "1+1?"))
+
+
+def test_every_stop_id_of_the_generation_config_ends_a_text():
+    "Of the main thread, and of a thread; and the rollout's tree is still the replay of its trajectory."
+    model, other = tiny("Qwen3", char), encode_text(char, "!")[0]
+    model.generation_config.eos_token_id = [char.eos_token_id, other]
+    def plan(branch, tokenizer):
+        if not branch.path and not branch.forks: return encode_text(char, block("1:p", "2:q"))
+        return [30, other, 31, 32] if branch.path[-1:] != ((1, 2),) else encode_text(char, "5</Thread>")
+    config = DecodeConfig(hook=Script(char, plan), limits=Limits(max_tokens=90))
+    rollout = generate(model, char, ["1+1?"], config)[0]
+    assert rollout.end == other and rollout.finish_reason == "stop" and [e.rule for e in rollout.errors] == ["end of sequence"]
+    assert [i.ids[-1] for i in rollout.timeline if i.branch in ("1", "trunk")][-1] == other and rollout.forks == 1
+    assert rollout.tree == replayed(rollout, char, config, stops=(char.eos_token_id, other))
+    same_logprobs(model, [rollout])
+
+
+def test_a_question_is_the_users_turn_of_a_chat_template():
+    tokenizer = copy.deepcopy(bpe_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    model, asked, limits = tiny("Qwen3", tokenizer), "What is 2+2? <|im_end|>", Limits(max_tokens=8)
+    chat, plain = (generate(model, tokenizer, [asked], DecodeConfig(chat=chat, limits=limits))[0] for chat in (None, False))
+    assert chat.tree.ids[0] == encode_prompt(tokenizer, asked, True) and plain.tree.ids[0] == encode_prompt(tokenizer, asked, False)
+    frame = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert [chat.tree.ids[0].count(i) for i in frame] == [2, 1] and not set(frame) & set(plain.tree.ids[0])
+    assert decode.Decoder(model, tokenizer, DecodeConfig()).stops == (tokenizer.eos_token_id, frame[1])
 
 
 def test_a_long_question_is_read_in_parts(monkeypatch):
