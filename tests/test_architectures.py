@@ -81,7 +81,7 @@ def test_lines_longer_than_a_window_or_chunk_are_refused(kind, field):
 
 def test_windows_of_layer_types_that_the_model_does_not_have_are_no_limit():
     "Qwen2 keeps a sliding window in its config whose layers all see everything."
-    assert line_limit(tiny("Qwen2", char, sliding_window=8, layer_types=["full_attention"] * 2)) == float("inf")
+    assert line_limit(tiny("Qwen2", char, use_sliding_window=True, sliding_window=8, layer_types=["full_attention"] * 2)) == float("inf")
 
 
 @pytest.mark.parametrize("window", [8, 64])
