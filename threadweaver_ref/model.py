@@ -7,6 +7,9 @@ __all__ = ['SIZES', 'tiny_model', 'best_device', 'shipped_policies', 'find_polic
            'save_policy']
 
 # %% ../nbs/06_model.ipynb #d34c4e50
+import copy
+import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from .tasks import data_dir
-from .tokens import add_control_tokens
+from .tokens import add_control_tokens, untrained_rows
 
 # %% ../nbs/06_model.ipynb #1fd42bfc
 SIZES = {
@@ -43,22 +46,60 @@ def best_device() -> str:
     "cuda, mps or cpu: the first that is there."
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
+def _is_policy(folder): return (Path(folder) / "config.json").is_file()
+
+def _is_adapter(folder): return (Path(folder) / "adapter_config.json").is_file() and not _is_policy(folder)
+
 def shipped_policies() -> dict:
-    "Name and folder of every policy in `data/policies`; none where there is no data folder."
-    try: folders = sorted((data_dir() / "policies").glob("*/config.json"))
+    "Name and folder of every policy and LoRA adapter in `data/policies`; none where there is no data folder."
+    try: folders = sorted((data_dir() / "policies").glob("*"))
     except FileNotFoundError: folders = []
-    return {f.parent.name: f.parent for f in folders}
+    return {f.name: f for f in folders if _is_policy(f) or _is_adapter(f)}
+
+def _folder(path_or_name):
+    "The folder of that path, or else of the shipped policy of that name (with or without `data/policies/` before it); None if there is neither."
+    path = Path(path_or_name)
+    return path if _is_policy(path) or _is_adapter(path) else shipped_policies().get(path.as_posix().removeprefix("data/policies/"))
+
+def _known(names):
+    "At most a dozen names, in one line."
+    names = list(names)
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "(none shipped)"
 
 def find_policy(path_or_name) -> str:
-    "A folder, the name of a shipped policy, or a hub name. Raises `ValueError` that says what is allowed."
-    path, name, shipped = Path(path_or_name), str(path_or_name), shipped_policies()
-    if (path / "config.json").is_file(): return str(path)
-    if name in shipped: return str(shipped[name])
-    if (path / "adapter_config.json").is_file(): raise ValueError(f"{path} holds a LoRA adapter: load its base with adapter={name!r}")
-    if path.is_dir(): raise ValueError(f"{path} is no policy folder: it has no config.json")
+    "The folder of a policy or LoRA adapter, by its path or shipped name, or a hub name. Raises `ValueError` that says what is allowed."
+    if folder := _folder(path_or_name): return str(folder)
+    path, name = Path(path_or_name), str(path_or_name)
+    if path.is_dir(): raise ValueError(f"{path} is no policy folder: it has no config.json (an adapter: adapter_config.json)")
     if name.count("/") == 1 and not name.startswith((".", "/")): return name
-    known = ", ".join(shipped) or "(none shipped)"
-    raise ValueError(f"no policy {name!r}: give a folder, a hub name such as Qwen/Qwen3-0.6B, or one of {known}")
+    raise ValueError(f"no policy {name!r}: give a folder, a hub name such as Qwen/Qwen3-0.6B, or one of {_known(shipped_policies())}")
+
+# %% ../nbs/06_model.ipynb #2f2925dc
+def _find_adapter(path_or_name) -> str:
+    "The folder of an adapter. Raises `ValueError` that says what is allowed."
+    folder = _folder(path_or_name)
+    if folder and _is_adapter(folder): return str(folder)
+    shipped = _known(name for name, f in shipped_policies().items() if _is_adapter(f))
+    raise ValueError(f"{path_or_name} is no adapter folder: it has no adapter_config.json; give a folder that has one, or one of {shipped}")
+
+def _base_of(adapter) -> str:
+    "What an adapter goes on: a folder beside it, or what `find_policy` finds. Raises `ValueError` if there is nothing, or another adapter."
+    adapter = Path(adapter)
+    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    remedy = f"load its base with adapter={str(adapter)!r}"
+    if not base: raise ValueError(f"{adapter} does not say which base it was trained on: {remedy}")
+    beside = [str(p) for p in (adapter / base, adapter.parent / base) if _is_policy(p)]
+    try: found = beside[0] if beside else find_policy(base)
+    except ValueError as error: raise ValueError(f"the base of {adapter} is not here: {base!r} (base_model_name_or_path); {remedy}") from error
+    if _is_adapter(found): raise ValueError(f"the base of {adapter} is an adapter itself: {base!r}; merge that one first (merge_lora)")
+    return found
+
+def _base_and_adapter(path_or_name, adapter=None) -> tuple:
+    "What `load_policy` loads, and the adapter that goes on it (or None). Raises `ValueError` as `find_policy` does."
+    name = find_policy(path_or_name)
+    if not _is_adapter(name): return name, adapter and _find_adapter(adapter)
+    if adapter: raise ValueError(f"{name} is an adapter itself: merge it (merge_lora) before another goes on it")
+    return _base_of(name), name
 
 # %% ../nbs/06_model.ipynb #3fb9ebb3
 def _load_model(name, dtype):
@@ -68,26 +109,27 @@ def _load_model(name, dtype):
     return model
 
 def _put_on(model, adapter):
-    "The model with the adapter of that folder."
-    if not (Path(adapter) / "adapter_config.json").is_file(): raise ValueError(f"{adapter} is no adapter folder: it has no adapter_config.json")
+    "The model with the adapter of that folder, complete or not at all."
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file(): raise ValueError(f"{adapter} has no adapter_model.safetensors")
     model = PeftModel.from_pretrained(model, str(adapter))
-    missing = set(get_peft_model_state_dict(model)) - set(load_file(weights))
+    missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(load_file(weights))
     if missing: raise ValueError(f"{weights} has no weights for {', '.join(sorted(missing)[:3])}")
     return model
 
 def load_policy(
-    path_or_name,  # a folder, a shipped policy such as "tiny-sft", or a hub name such as "Qwen/Qwen3-0.6B"
-    adapter=None,  # folder of a LoRA adapter to put on top
+    path_or_name,  # a folder, a shipped policy such as "tiny-sft", or a hub name such as "Qwen/Qwen3-0.6B"; a LoRA adapter brings its base
+    adapter=None,  # a LoRA adapter to put on top: a folder or a shipped name
     device=None,   # default: `best_device()`
     dtype=None,    # default: float32 on a CPU, otherwise what the checkpoint says
 ) -> tuple:
     "`(model, tokenizer)`, ready to decode; control tokens are added where they are missing. Raises `ValueError` in one line."
-    name, device = find_policy(path_or_name), device or best_device()
+    device = device or best_device()
+    name = find_policy(path_or_name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = _load_model(name, dtype or (torch.float32 if str(device) == "cpu" else "auto"))
+        base, adapter = _base_and_adapter(name, adapter)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = _load_model(base, dtype or (torch.float32 if str(device) == "cpu" else "auto"))
         add_control_tokens(tokenizer, model)
         if adapter: model = _put_on(model, adapter)
     except Exception as error:
