@@ -1,17 +1,38 @@
-"""Models: sizes, loading and its refusals, control tokens, and LoRA: alone, merged, saved and loaded again."""
+"""Models: sizes, loading and its refusals, what policies know, control tokens, and LoRA: alone, merged, saved and loaded again."""
+import copy
 import json
+import random
+import re
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import bpe_tokenizer, rngs, tiny
+from helpers import DATA, bpe_tokenizer, rngs, tiny
+from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from threadweaver_ref.model import SIZES, add_lora, find_policy, load_policy, merge_lora, save_policy, tiny_model
-from threadweaver_ref.tokens import CONTROL_TOKENS, char_tokenizer, control_ids, encode_prompt
+from threadweaver_ref import sft
+from threadweaver_ref.model import (
+    CALCULATIONS,
+    SIZES,
+    SUMS,
+    add_lora,
+    decoding_copy,
+    find_policy,
+    load_policy,
+    merge_lora,
+    save_policy,
+    shipped_policies,
+    tiny_model,
+    unfamiliar,
+)
+from threadweaver_ref.tasks import FAMILIES, get_family, read_jsonl
+from threadweaver_ref.tokens import CONTROL_TOKENS, add_control_tokens, char_tokenizer, control_ids, encode_prompt
 
 TOKENIZER = char_tokenizer()
 
@@ -77,12 +98,60 @@ def test_shipped():
 
 
 def test_the_shipped_adapter_and_the_merged_policy_are_one():
-    adapted, tokenizer = load_policy("tiny-sft-random", adapter=find_policy("tiny-rl-merged").removesuffix("-merged"), device="cpu")
+    adapted, tokenizer = load_policy("tiny-rl", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(find_policy("tiny-rl-merged"))
     ids = torch.tensor([encode_prompt(tokenizer, "347*6+58*9+21*74?")])
     plain, _ = load_policy("tiny-sft-random", device="cpu")
     with torch.no_grad(): one, other, start = (m(ids).logits for m in (adapted, merged, plain))
     assert (one - other).abs().max() < 1e-4 < (one - start).abs().max()
+
+
+def test_the_shipped_adapter_is_found_by_any_name(monkeypatch, tmp_path):
+    "By name, by folder, on its base; from any current directory; by peft alone from the root of the repository."
+    monkeypatch.chdir(DATA.parent)
+    loaded = [load_policy("tiny-rl", device="cpu"), load_policy("data/policies/tiny-rl", device="cpu"),
+              load_policy("tiny-sft-random", adapter="tiny-rl", device="cpu")]
+    by_peft = AutoPeftModelForCausalLM.from_pretrained("data/policies/tiny-rl")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DATA / "policies" / "tiny-rl", tmp_path / "mine")
+    loaded += [load_policy("tiny-rl", device="cpu"), load_policy("mine", device="cpu"), load_policy("data/policies/tiny-rl", device="cpu")]
+    wanted = logits(by_peft)
+    assert all(torch.equal(logits(model), wanted) and not model.training for model, _ in loaded)
+    assert {"tiny-rl", "tiny-rl-merged", "tiny-base"} <= set(shipped_policies())
+
+
+def test_the_base_of_an_adapter_is_found_or_named(policy, tmp_path, monkeypatch):
+    base, adapter = load_policy(policy, device="cpu")[0], tmp_path / "adapter"
+    save_policy(add_lora(base, r=2), TOKENIZER, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    def named(name):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        return adapter
+    assert config["base_model_name_or_path"] == str(policy)   # the whole path: it is found from anywhere
+    monkeypatch.chdir("/")
+    shutil.copytree(policy, adapter / "base")
+    for name in (str(policy), "policy", "../policy", "base"): load_policy(named(name), device="cpu")
+    monkeypatch.chdir(tmp_path.parent)
+    load_policy(named(f"{tmp_path.name}/policy"), device="cpu")   # beside the current directory
+    for name in (None, "", "nope", "/nope", "../nope"):
+        message = refusal(named(name))
+        assert "load its base with adapter=" in message and (not name or repr(name) in message)
+    assert "cannot load policy" in refusal(named("owner/nope"))   # a hub name, and there is no network
+    assert "merge that one first" in refusal(named("tiny-rl"))
+    assert "is an adapter itself" in refusal("tiny-rl", adapter="tiny-rl")
+
+
+def test_a_saved_adapter_names_a_base_that_lasts(tmp_path, monkeypatch):
+    for name in ("tiny-base", find_policy("tiny-base")):
+        model = add_lora(load_policy(name, device="cpu")[0], r=2)
+        save_policy(model, TOKENIZER, tmp_path / "adapter")
+        assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/policies/tiny-base"
+    model.peft_config["default"].base_model_name_or_path = "tiny-base"   # by its name, as recipes say it
+    save_policy(model, TOKENIZER, tmp_path / "adapter")
+    assert model.peft_config["default"].base_model_name_or_path == "data/policies/tiny-base"
+    model.peft_config["default"].base_model_name_or_path = "Qwen/Qwen3-0.6B"
+    save_policy(model, TOKENIZER, tmp_path / "adapter")
+    assert model.peft_config["default"].base_model_name_or_path == "Qwen/Qwen3-0.6B"
 
 
 def test_names_are_not_downloaded(monkeypatch, tmp_path):
@@ -99,6 +168,15 @@ def test_a_folder_needs_no_data_folder(policy, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["nope", "a/b/c", "./nope", "/nope"])
 def test_unknown_names(name):
     assert repr(name) in refusal(name) and "tiny-base" in refusal(name)
+
+
+def test_at_most_a_dozen_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("THREADWEAVER_DATA", str(tmp_path))
+    for i in range(40):
+        (tmp_path / "policies" / f"made-{i:02}").mkdir(parents=True)
+        (tmp_path / "policies" / f"made-{i:02}" / "adapter_config.json").write_text("{}")
+    for message in (refusal("nope"), refusal(DATA / "policies" / "tiny-base", adapter="nope")):
+        assert message.count("made-") == 12 and message.endswith("made-11 and 28 more")
 
 
 def test_folder_without_config(tmp_path): assert "it has no config.json" in refusal(tmp_path)
@@ -137,6 +215,78 @@ def test_pickled_weights_are_not_read(policy):
     assert "safetensors" in refusal(policy)
 
 
+@pytest.mark.parametrize("broken", ["config.json", "adapter_config.json", "tokenizer.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\x00\xff"])
+def test_whatever_is_broken_is_one_line(policy, tmp_path, broken, content):
+    save_policy(add_lora(load_policy(policy, device="cpu")[0], r=2), TOKENIZER, tmp_path / "adapter")
+    path = (tmp_path / "adapter" if "adapter" in broken else policy) / broken
+    path.unlink() if content is None else path.write_bytes(content)
+    assert refusal(tmp_path / "adapter")
+
+
+# ---- what transformers 4, and engines that go by its classes, can read
+
+def test_saved_tokenizers_are_of_a_class_that_all_know(policy, tmp_path):
+    folders = [policy, *shipped_policies().values()]
+    save_policy(tiny("Llama", bpe_tokenizer()), bpe_tokenizer(), tmp_path / "bpe")
+    for folder in [*folders, tmp_path / "bpe"]:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & set(config)   # the last: a list breaks transformers 4
+    _, tokenizer = load_policy(tmp_path / "bpe", device="cpu")
+    assert set(tokenizer.all_special_tokens) == set(bpe_tokenizer().all_special_tokens) > set(CONTROL_TOKENS)
+
+
+# ---- what a policy knows
+
+KNOWN = ["12*3+4*5?", "3*4*5?", "((1+2)*3-4)?", "(12-(3*4))?", "a=48/2;b=a+7;b?", "12*3?", "A=1+2;A?"]
+UNKNOWN = ["abc?", "What is 3 plus 4?", "", "?", "12?", "12*?", "*3?", "12*3+4*5", "a=;a?", "a=1+;a?", "a=1+2;?", "a=1+2", "1+2?\n", "12 * 3?", "1.5*2?",
+           "x*3?", "12*3?12*3?", "-5*3?", "²*3?", "٣*4?", "a=b;b?", "🙂"]
+
+
+def test_what_is_unfamiliar():
+    for name, folder in shipped_policies().items():
+        model = load_policy(name, device="cpu")[0]
+        known = model.config.knows
+        assert known == (SUMS if name == "tiny-window" else CALCULATIONS), folder
+        assert unfamiliar(model, "What is 3 plus 4?") == f"this policy was trained on {known['says']} (no other question has a meaningful answer)"
+        assert [q for q in KNOWN if unfamiliar(model, q)] == ([] if known is CALCULATIONS or known == CALCULATIONS else KNOWN[1:5] + KNOWN[6:])
+        assert [q for q in UNKNOWN if not unfamiliar(model, q)] == []
+        assert unfamiliar(model, "1+" * 400 + "1?") is None or name == "tiny-window"
+        assert unfamiliar(model, "1+" * 500 + "1?")   # longer than anything that was trained on
+    for model in (narrow(), tiny("Llama", TOKENIZER)): assert unfamiliar(model, "abc?") is None
+
+
+def test_nothing_that_was_trained_on_is_unfamiliar():
+    model = narrow(knows=CALCULATIONS)
+    for path in sorted((DATA / "bench").glob("*.jsonl")):
+        questions = [row["question"] for row in read_jsonl(path)]
+        assert len(questions) == 500 and [q for q in questions if unfamiliar(model, q)] == []
+    samplers = [r.problems for r in sft.RECIPES.values() if r.config] + [lambda rng, step, f=f: get_family(f)(rng) for f in FAMILIES]
+    rng = random.Random(0)
+    drawn = [f(rng, step).question for f in dict.fromkeys(samplers) for step in (0, 1000, 10 ** 6) for _ in range(40)]
+    assert [q for q in drawn if unfamiliar(model, q)] == []
+    window = narrow(knows=SUMS)
+    assert [q for q in (sft.narrow(rng, 1000).question for _ in range(100)) if unfamiliar(window, q)] == []
+
+
+def test_what_a_policy_knows_stays_with_it(tmp_path):
+    model = narrow(knows=CALCULATIONS)
+    save_policy(model, TOKENIZER, tmp_path / "policy")
+    loaded, _ = load_policy(tmp_path / "policy", device="cpu")
+    adapted = add_lora(loaded, r=2)
+    save_policy(merge_lora(copy.deepcopy(adapted)), TOKENIZER, tmp_path / "merged")
+    for m in (loaded, adapted, load_policy(tmp_path / "merged", device="cpu")[0]): assert unfamiliar(m, "abc?") and not unfamiliar(m, "1+2?")
+
+
+def test_a_question_cannot_keep_the_pattern_busy():
+    for knows in (CALCULATIONS, SUMS):
+        began = time.perf_counter()
+        for piece in ("(", "1", "1+", "1)", "(1", "1*1+", "a=1+1;", "a=1+a;", ")", "a"):
+            for end in ("x", "?x", "??"): re.fullmatch(knows["pattern"], piece * 5000 + end)
+        assert time.perf_counter() - began < 5
+
+
 # ---- control tokens
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -152,7 +302,8 @@ def test_control_tokens_are_added_at_the_mean(tmp_path, tied):
     for ours, theirs in [(model.get_input_embeddings(), stranger.get_input_embeddings()),
                          (model.get_output_embeddings(), stranger.get_output_embeddings())]:
         old, new = ours.weight[:len(plain)], ours.weight[len(plain):]
-        assert torch.equal(old, theirs.weight) and torch.allclose(new, old.mean(0).expand_as(new), atol=1e-6)
+        assert torch.equal(old, theirs.weight) and torch.allclose(new, old.mean(0).expand_as(new), rtol=0, atol=2e-3 * old.std().item())
+        assert len(new.unique(dim=0)) == len(CONTROL_TOKENS)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     save_policy(model, tokenizer, tmp_path / "again")   # and now they are there
     assert torch.equal(load_policy(tmp_path / "again", device="cpu")[0].get_input_embeddings().weight, model.get_input_embeddings().weight)
