@@ -11,12 +11,15 @@ import copy
 import json
 import re
 import textwrap
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 from .tasks import data_dir
 from .tokens import add_control_tokens, untrained_rows
@@ -117,6 +120,22 @@ def _put_on(model, adapter):
     if missing: raise ValueError(f"{weights} has no weights for {', '.join(sorted(missing)[:3])}")
     return model
 
+@contextmanager
+def _quiet():
+    "Without the long lists of missing weights that Transformers and peft print: the refusal names three."
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        try: yield
+        finally: logging.set_verbosity(level)
+
+def _reason(error):
+    "One line for whatever went wrong in a library."
+    said = textwrap.shorten(str(error), 300, placeholder=" ...")
+    if isinstance(error, LookupError | TypeError | AttributeError): return f"something in it is not as it should be ({type(error).__name__}: {said})"
+    return said or type(error).__name__
+
 def load_policy(
     path_or_name,  # a folder, a shipped policy such as "tiny-sft", or a hub name such as "Qwen/Qwen3-0.6B"; a LoRA adapter brings its base
     adapter=None,  # a LoRA adapter to put on top: a folder or a shipped name
@@ -127,14 +146,13 @@ def load_policy(
     device = device or best_device()
     name = find_policy(path_or_name)
     try:
-        base, adapter = _base_and_adapter(name, adapter)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = _load_model(base, dtype or (torch.float32 if str(device) == "cpu" else "auto"))
-        add_control_tokens(tokenizer, model)
-        if adapter: model = _put_on(model, adapter)
-    except Exception as error:
-        reason = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-        raise ValueError(f"cannot load policy {str(path_or_name)!r}: {reason}") from error
+        with _quiet():
+            base, adapter = _base_and_adapter(name, adapter)
+            tokenizer = AutoTokenizer.from_pretrained(base)
+            model = _load_model(base, dtype or (torch.float32 if str(device) == "cpu" else "auto"))
+            add_control_tokens(tokenizer, model)
+            if adapter: model = _put_on(model, adapter)
+    except Exception as error: raise ValueError(f"cannot load policy {str(path_or_name)!r}: {_reason(error)}") from error
     return model.to(device).eval(), tokenizer
 
 # %% ../nbs/06_model.ipynb #1b3521a4
