@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 QUESTIONS = [
     "What is 2 + 2?", "What is the capital of France?", "Name three fruits.", "Say hello in Spanish.", "Why is the sky blue?",
     "Write a haiku about rain.", "Who wrote Hamlet?", "What is the boiling point of water?", "Explain gravity to a child.", "What is 17 times 3?",
-    "List the days of the week.", "What does a compiler do?", "Give me a synonym for happy.", "How many legs has a spider?", "What is a prime number?",
+    "List the days of the week.", "What does a compiler do?", "A synonym for happy?", "How many legs has a spider?", "What is a prime number?",
     "Translate 'good night' into French.", "Tell me a joke.", "What is the largest planet?", "What does </Outlines> mean?", "Finish: roses are red,"]
 
 
