@@ -1,16 +1,38 @@
-"""Models: sizes, loading and its refusals, control tokens, and LoRA: alone, merged, saved and loaded again."""
+"""Models: sizes, loading and its refusals, what policies know, control tokens, and LoRA: alone, merged, saved and loaded again."""
+import copy
 import json
+import logging
+import random
+import re
 import shutil
+import time
+import warnings
 
 import pytest
 import torch
-from helpers import bpe_tokenizer, rngs, tiny
+from helpers import DATA, bpe_tokenizer, rngs, tiny
+from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from threadweaver_ref.model import SIZES, add_lora, find_policy, load_policy, merge_lora, save_policy, tiny_model
+from threadweaver_ref import sft
+from threadweaver_ref.model import (
+    CALCULATIONS,
+    SIZES,
+    SUMS,
+    add_lora,
+    decoding_copy,
+    find_policy,
+    load_policy,
+    merge_lora,
+    save_policy,
+    shipped_policies,
+    tiny_model,
+    unfamiliar,
+)
+from threadweaver_ref.tasks import FAMILIES, get_family, read_jsonl
 from threadweaver_ref.tokens import CONTROL_TOKENS, char_tokenizer, control_ids, encode_prompt
 
 TOKENIZER = char_tokenizer()
@@ -47,6 +69,16 @@ def refusal(*args, **options):
     return str(refused.value)
 
 
+@pytest.fixture
+def said():
+    "What transformers logs."
+    records, handler = [], logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    yield records
+    logging.getLogger("transformers").removeHandler(handler)
+
+
 # ---- sizes
 
 @pytest.mark.parametrize("size", SIZES)
@@ -77,12 +109,60 @@ def test_shipped():
 
 
 def test_the_shipped_adapter_and_the_merged_policy_are_one():
-    adapted, tokenizer = load_policy("tiny-sft-random", adapter=find_policy("tiny-rl-merged").removesuffix("-merged"), device="cpu")
+    adapted, tokenizer = load_policy("tiny-rl", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(find_policy("tiny-rl-merged"))
     ids = torch.tensor([encode_prompt(tokenizer, "347*6+58*9+21*74?")])
     plain, _ = load_policy("tiny-sft-random", device="cpu")
     with torch.no_grad(): one, other, start = (m(ids).logits for m in (adapted, merged, plain))
     assert (one - other).abs().max() < 1e-4 < (one - start).abs().max()
+
+
+def test_the_shipped_adapter_is_found_by_any_name(monkeypatch, tmp_path):
+    "By name, by folder, on its base; from any current directory; by peft alone from the root of the repository."
+    monkeypatch.chdir(DATA.parent)
+    loaded = [load_policy("tiny-rl", device="cpu"), load_policy("data/policies/tiny-rl", device="cpu"),
+              load_policy("tiny-sft-random", adapter="tiny-rl", device="cpu")]
+    by_peft = AutoPeftModelForCausalLM.from_pretrained("data/policies/tiny-rl")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DATA / "policies" / "tiny-rl", tmp_path / "mine")
+    loaded += [load_policy("tiny-rl", device="cpu"), load_policy("mine", device="cpu"), load_policy("data/policies/tiny-rl", device="cpu")]
+    wanted = logits(by_peft)
+    assert all(torch.equal(logits(model), wanted) and not model.training for model, _ in loaded)
+    assert {"tiny-rl", "tiny-rl-merged", "tiny-base"} <= set(shipped_policies())
+
+
+def test_the_base_of_an_adapter_is_found_or_named(policy, tmp_path, monkeypatch):
+    base, adapter = load_policy(policy, device="cpu")[0], tmp_path / "adapter"
+    save_policy(add_lora(base, r=2), TOKENIZER, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    def named(name):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        return adapter
+    assert config["base_model_name_or_path"] == str(policy)   # the whole path: it is found from anywhere
+    monkeypatch.chdir("/")
+    shutil.copytree(policy, adapter / "base")
+    for name in (str(policy), "policy", "../policy", "base"): load_policy(named(name), device="cpu")
+    monkeypatch.chdir(tmp_path.parent)
+    load_policy(named(f"{tmp_path.name}/policy"), device="cpu")   # beside the current directory
+    for name in (None, "", "nope", "/nope", "../nope"):
+        message = refusal(named(name))
+        assert "load its base with adapter=" in message and (not name or repr(name) in message)
+    assert "cannot load policy" in refusal(named("owner/nope"))   # a hub name, and there is no network
+    assert "merge that one first" in refusal(named("tiny-rl"))
+    assert "is an adapter itself" in refusal("tiny-rl", adapter="tiny-rl")
+
+
+def test_a_saved_adapter_names_a_base_that_lasts(tmp_path, monkeypatch):
+    for name in ("tiny-base", find_policy("tiny-base")):
+        model = add_lora(load_policy(name, device="cpu")[0], r=2)
+        save_policy(model, TOKENIZER, tmp_path / "adapter")
+        assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/policies/tiny-base"
+    model.peft_config["default"].base_model_name_or_path = "tiny-base"   # by its name, as recipes say it
+    save_policy(model, TOKENIZER, tmp_path / "adapter")
+    assert model.peft_config["default"].base_model_name_or_path == "data/policies/tiny-base"
+    model.peft_config["default"].base_model_name_or_path = "Qwen/Qwen3-0.6B"
+    save_policy(model, TOKENIZER, tmp_path / "adapter")
+    assert model.peft_config["default"].base_model_name_or_path == "Qwen/Qwen3-0.6B"
 
 
 def test_names_are_not_downloaded(monkeypatch, tmp_path):
@@ -99,6 +179,15 @@ def test_a_folder_needs_no_data_folder(policy, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["nope", "a/b/c", "./nope", "/nope"])
 def test_unknown_names(name):
     assert repr(name) in refusal(name) and "tiny-base" in refusal(name)
+
+
+def test_at_most_a_dozen_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("THREADWEAVER_DATA", str(tmp_path))
+    for i in range(40):
+        (tmp_path / "policies" / f"made-{i:02}").mkdir(parents=True)
+        (tmp_path / "policies" / f"made-{i:02}" / "adapter_config.json").write_text("{}")
+    for message in (refusal("nope"), refusal(DATA / "policies" / "tiny-base", adapter="nope")):
+        assert message.count("made-") == 12 and message.endswith("made-11 and 28 more")
 
 
 def test_folder_without_config(tmp_path): assert "it has no config.json" in refusal(tmp_path)
@@ -118,11 +207,13 @@ def test_missing_files(policy):
     assert "not a valid JSON" in refusal(policy)
 
 
-def test_a_missing_weight_is_not_made_up(policy):
+def test_a_missing_weight_is_not_made_up(policy, said):
     weights = load_file(policy / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, policy / "model.safetensors", {"format": "pt"})
     assert "no weights for model.layers.1.mlp.up_proj.weight" in refusal(policy)
+    save_file({k: v for k, v in weights.items() if "layers" not in k}, policy / "model.safetensors", {"format": "pt"})
+    assert refusal(policy).count("model.layers") == 3 and not said   # nor a table of all of them
 
 
 def test_another_shape(policy):
@@ -131,20 +222,104 @@ def test_another_shape(policy):
     refusal(policy)
 
 
+def test_what_is_none_of_our_errors_is_explained(policy):
+    (policy / "tokenizer.json").write_text("{}")
+    assert refusal(policy).endswith("something in it is not as it should be (KeyError: 'added_tokens')")
+
+
 def test_pickled_weights_are_not_read(policy):
     torch.save(load_file(policy / "model.safetensors"), policy / "pytorch_model.bin")
     (policy / "model.safetensors").unlink()
     assert "safetensors" in refusal(policy)
 
 
+@pytest.mark.parametrize("broken", ["config.json", "adapter_config.json", "tokenizer.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\x00\xff"])
+def test_whatever_is_broken_is_one_line(policy, tmp_path, said, broken, content):
+    save_policy(add_lora(load_policy(policy, device="cpu")[0], r=2), TOKENIZER, tmp_path / "adapter")
+    path = (tmp_path / "adapter" if "adapter" in broken else policy) / broken
+    path.unlink() if content is None else path.write_bytes(content)
+    said.clear()
+    with warnings.catch_warnings(record=True) as warned: refusal(tmp_path / "adapter")
+    assert not said and not [w for w in warned if "missing" in str(w.message)]   # no table, no list beside it
+
+
+# ---- what transformers 4, and engines that go by its classes, can read
+
+def test_saved_tokenizers_are_of_a_class_that_all_know(policy, tmp_path):
+    folders = [policy, *shipped_policies().values()]
+    save_policy(tiny("Llama", bpe_tokenizer()), bpe_tokenizer(), tmp_path / "bpe")
+    for folder in [*folders, tmp_path / "bpe"]:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & set(config)   # the last: a list breaks transformers 4
+    _, tokenizer = load_policy(tmp_path / "bpe", device="cpu")
+    assert set(tokenizer.all_special_tokens) == set(bpe_tokenizer().all_special_tokens) > set(CONTROL_TOKENS)
+
+
+# ---- what a policy knows
+
+KNOWN = ["12*3+4*5?", "3*4*5?", "((1+2)*3-4)?", "(12-(3*4))?", "a=48/2;b=a+7;b?", "12*3?", "A=1+2;A?"]
+UNKNOWN = ["abc?", "What is 3 plus 4?", "", "?", "12?", "12*?", "*3?", "12*3+4*5", "a=;a?", "a=1+;a?", "a=1+2;?", "a=1+2", "1+2?\n",
+           "12 * 3?", "1.5*2?", "x*3?", "12*3?12*3?", "-5*3?", "²*3?", "٣*4?", "a=b;b?", "🙂"]
+
+
+def test_what_is_unfamiliar():
+    for name, folder in shipped_policies().items():
+        model = load_policy(name, device="cpu")[0]
+        known = model.config.knows
+        assert known == (SUMS if name == "tiny-window" else CALCULATIONS), folder
+        assert unfamiliar(model, "What is 3 plus 4?") == f"this policy was trained on {known['says']} (no other question has a meaningful answer)"
+        assert [q for q in KNOWN if unfamiliar(model, q)] == ([] if known is CALCULATIONS or known == CALCULATIONS else KNOWN[1:5] + KNOWN[6:])
+        assert [q for q in UNKNOWN if not unfamiliar(model, q)] == []
+        assert unfamiliar(model, "1+" * 400 + "1?") is None or name == "tiny-window"
+        assert unfamiliar(model, "1+" * 500 + "1?")   # longer than anything that was trained on
+    for model in (narrow(), tiny("Llama", TOKENIZER)): assert unfamiliar(model, "abc?") is None
+
+
+def test_nothing_that_was_trained_on_is_unfamiliar():
+    model = narrow(knows=CALCULATIONS)
+    for path in sorted((DATA / "bench").glob("*.jsonl")):
+        questions = [row["question"] for row in read_jsonl(path)]
+        assert len(questions) == 500 and [q for q in questions if unfamiliar(model, q)] == []
+    samplers = [r.problems for r in sft.RECIPES.values() if r.config] + [lambda rng, step, f=f: get_family(f)(rng) for f in FAMILIES]
+    rng = random.Random(0)
+    drawn = [f(rng, step).question for f in dict.fromkeys(samplers) for step in (0, 1000, 10 ** 6) for _ in range(40)]
+    assert [q for q in drawn if unfamiliar(model, q)] == []
+    window = narrow(knows=SUMS)
+    assert [q for q in (sft.narrow(rng, 1000).question for _ in range(100)) if unfamiliar(window, q)] == []
+
+
+def test_what_a_policy_knows_stays_with_it(tmp_path):
+    model = narrow(knows=CALCULATIONS)
+    save_policy(model, TOKENIZER, tmp_path / "policy")
+    loaded, _ = load_policy(tmp_path / "policy", device="cpu")
+    adapted = add_lora(loaded, r=2)
+    save_policy(merge_lora(copy.deepcopy(adapted)), TOKENIZER, tmp_path / "merged")
+    for m in (loaded, adapted, load_policy(tmp_path / "merged", device="cpu")[0]): assert unfamiliar(m, "abc?") and not unfamiliar(m, "1+2?")
+
+
+def test_a_question_cannot_keep_the_pattern_busy():
+    for knows in (CALCULATIONS, SUMS):
+        began = time.perf_counter()
+        for piece in ("(", "1", "1+", "1)", "(1", "1*1+", "a=1+1;", "a=1+a;", ")", "a"):
+            for end in ("x", "?x", "??"): re.fullmatch(knows["pattern"], piece * 5000 + end)
+        assert time.perf_counter() - began < 5
+
+
 # ---- control tokens
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_control_tokens_are_added_at_the_mean(tmp_path, tied):
+def plain_tokenizer():
+    "Of a model that has never seen a control token."
     words = {w: i for i, w in enumerate(["<pad>", "<eos>", *"0123456789+-*/=;?"])}
     plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    plain = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_control_tokens_are_added_at_the_mean(tmp_path, tied):
+    plain = plain_tokenizer()
     stranger = tiny("Qwen3", plain, tie_word_embeddings=tied)
     save_policy(stranger, plain, tmp_path / "stranger")
     model, tokenizer = load_policy(tmp_path / "stranger", device="cpu")
@@ -152,7 +327,8 @@ def test_control_tokens_are_added_at_the_mean(tmp_path, tied):
     for ours, theirs in [(model.get_input_embeddings(), stranger.get_input_embeddings()),
                          (model.get_output_embeddings(), stranger.get_output_embeddings())]:
         old, new = ours.weight[:len(plain)], ours.weight[len(plain):]
-        assert torch.equal(old, theirs.weight) and torch.allclose(new, old.mean(0).expand_as(new), atol=1e-6)
+        assert torch.equal(old, theirs.weight) and torch.allclose(new, old.mean(0).expand_as(new), rtol=0, atol=2e-3 * old.std().item())
+        assert len(new.unique(dim=0)) == len(CONTROL_TOKENS)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     save_policy(model, tokenizer, tmp_path / "again")   # and now they are there
     assert torch.equal(load_policy(tmp_path / "again", device="cpu")[0].get_input_embeddings().weight, model.get_input_embeddings().weight)
@@ -177,12 +353,135 @@ def test_lora_round_trip(tmp_path, arch, tied, new_tokens):
     assert {f.suffix for f in (tmp_path / "adapter").glob("adapter_model.*")} == {".safetensors"}
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as f: assert len(f.keys()) >= len(trained)
     adapted, _ = load_policy(tmp_path / "base", adapter=tmp_path / "adapter", device="cpu")
-    assert torch.allclose(logits(adapted), moved, atol=1e-4)
+    assert torch.equal(logits(adapted), moved)
     merged = merge_lora(lora)
     assert torch.allclose(logits(merged), moved, atol=1e-4)
     save_policy(merged, TOKENIZER, tmp_path / "merged")
     assert torch.equal(logits(load_policy(tmp_path / "merged", device="cpu")[0]), logits(merged))
     assert torch.equal(logits(load_policy(tmp_path / "base", device="cpu")[0]), before)   # the base is as it was
+
+
+@pytest.mark.parametrize("r, alpha", [(2, 32), (2, 1), (8, 32)])
+def test_an_adapter_is_scaled_by_alpha_over_r(r, alpha):
+    lora = add_lora(narrow(), r=r, alpha=alpha)
+    shake(lora)
+    layer = lora.base_model.model.model.layers[1].mlp.down_proj
+    A, B, W = layer.lora_A.default.weight, layer.lora_B.default.weight, layer.base_layer.weight
+    assert A.shape[0] == B.shape[1] == r
+    x = torch.randn(5, W.shape[1])
+    torch.testing.assert_close(layer(x), x @ (W + alpha / r * B @ A).T)
+
+
+class Stranger:
+    "A saved policy whose tokenizer has no control tokens, with spare rows in its embedding, as released models have."
+    def __init__(self, folder, tied, padding=0):
+        self.plain, self.folder = plain_tokenizer(), folder
+        save_policy(tiny("Llama", self.plain, tie_word_embeddings=tied, vocab_size=len(self.plain) + padding), self.plain, folder)
+
+    def load(self):
+        model, tokenizer = load_policy(self.folder, device="cpu")
+        return model, tokenizer, list(control_ids(tokenizer).values())
+
+
+@pytest.mark.parametrize("padding", [0, 20])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_token_rows_are_trained_by_default_and_told_apart(tmp_path, tied, padding):
+    model, _, new = Stranger(tmp_path / "base", tied, padding).load()
+    weights = [h.weight.detach().clone() for h in (model.get_input_embeddings(), model.get_output_embeddings())]
+    lora = add_lora(model, r=4)
+    assert set(map(tuple, lora.peft_config["default"].trainable_token_indices.values())) == {tuple(new)}
+    assert len(lora.peft_config["default"].trainable_token_indices) == 2 - tied   # as input and as output
+    optimizer = torch.optim.SGD([p for p in lora.parameters() if p.requires_grad], lr=1.0)
+    batch = torch.tensor([[3, *new, 4, *new]])
+    lora(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    merged = merge_lora(lora)
+    for head, before in zip((merged.get_input_embeddings(), merged.get_output_embeddings()), weights, strict=True):
+        moved = (head.weight - before).norm(dim=1)
+        assert (moved[new] > 1e-4).all() and moved[[i for i in range(len(moved)) if i not in new]].max() == 0
+        apart = torch.cdist(head.weight[new], head.weight[new]) + torch.eye(len(new))
+        assert apart.min() > 1e-4
+    assert add_lora(merged, r=2).peft_config["default"].trainable_token_indices is None   # trained by now: no longer new
+
+
+def test_which_tokens_are_trained(tmp_path):
+    model, _, new = Stranger(tmp_path / "base", True).load()
+    def rows(**options): return add_lora(copy.deepcopy(model), r=2, **options).peft_config["default"].trainable_token_indices
+    assert rows() == rows(train_tokens="new") == {"model.embed_tokens": new}
+    assert rows(train_tokens=()) is None and rows(train_tokens=[4, 5]) == {"model.embed_tokens": [4, 5]}
+    with pytest.raises(ValueError, match="unknown train_tokens 'old': give ids, or new"): rows(train_tokens="old")
+    for trained in (narrow(), *(load_policy(name, device="cpu")[0] for name in ("tiny-base", "tiny-sft-random"))):
+        assert add_lora(trained, r=2).peft_config["default"].trainable_token_indices is None
+
+
+@pytest.mark.parametrize("train_tokens", ["new", (), (2, 3)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_new_tokens_is_small_and_comes_back(tmp_path, tied, train_tokens):
+    "The embedding is not saved with it: the new rows are made again as they were."
+    base = Stranger(tmp_path / "base", tied)
+    model, tokenizer, _ = base.load()
+    lora = add_lora(model, r=4, train_tokens=train_tokens)
+    shake(lora)
+    wanted = mixed_logits(lora, tokenizer)
+    save_policy(lora, tokenizer, tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(w.numel() for w in saved.values()) == sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    by_itself, its = load_policy(tmp_path / "adapter", device="cpu")
+    assert torch.equal(mixed_logits(by_itself, its), wanted) and its.get_vocab() == tokenizer.get_vocab()
+    on_its_base, _ = load_policy(base.folder, adapter=tmp_path / "adapter", device="cpu")
+    assert torch.equal(mixed_logits(on_its_base, tokenizer), wanted)
+    torch.testing.assert_close(mixed_logits(merge_lora(by_itself), tokenizer), wanted, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def mixed_logits(model, tokenizer):
+    "Logits behind a line with every control token in it."
+    return model(input_ids=torch.tensor([[3, 4, *control_ids(tokenizer).values(), 5, 6, 7]])).logits
+
+
+def test_an_adapter_that_was_saved_with_its_embedding_loads_too(tmp_path):
+    base = Stranger(tmp_path / "base", True)
+    lora = add_lora(base.load()[0], r=4)
+    shake(lora)
+    lora.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)   # as the first edition did
+    wanted = mixed_logits(lora, base.load()[1])
+    assert torch.equal(mixed_logits(load_policy(tmp_path / "adapter", device="cpu")[0], base.load()[1]), wanted)
+
+
+# ---- decoding
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("new_tokens", [False, True])
+def test_decoding_copy_is_plain_and_leaves_the_original(new_tokens, tied):
+    rows = list(control_ids(TOKENIZER).values()) if new_tokens else ()
+    model = add_lora(tiny("Llama", TOKENIZER, tie_word_embeddings=tied), r=4, train_tokens=rows)
+    shake(model)
+    model.train()
+    before, wanted = copy.deepcopy(model.state_dict()), mixed_logits(model, TOKENIZER)
+    fast = decoding_copy(model)
+    torch.testing.assert_close(mixed_logits(fast, TOKENIZER), wanted, atol=1e-5, rtol=1e-5)
+    assert type(fast).__name__ == "LlamaForCausalLM" and not [n for n, _ in fast.named_parameters() if "lora" in n or "trainable_tokens" in n]
+    assert (fast.get_input_embeddings().weight is fast.get_output_embeddings().weight) == tied
+    prompt = ids(8)
+    texts = [m.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False) for m in (model, fast)]
+    assert torch.equal(*texts)
+    with torch.no_grad():
+        for p in fast.parameters(): p.zero_()
+    after = model.state_dict()
+    assert model.training and before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_decoding_copy_of_what_is_not_to_be_merged():
+    plain = narrow()
+    assert decoding_copy(plain) is plain
+    lora = add_lora(narrow(), r=2)
+    shake(lora)
+    with lora.disable_adapter():
+        base = logits(lora)
+        assert torch.equal(logits(decoding_copy(lora)), base)
+    assert (logits(decoding_copy(lora)) - base).abs().max() > .01
+    half = add_lora(narrow().bfloat16(), r=2)
+    assert decoding_copy(half) is half
 
 
 def test_new_token_rows_learn_both_as_input_and_as_output():
@@ -208,7 +507,8 @@ def test_adapters_are_complete_and_not_pickled(policy, tmp_path):
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(path)
     save_file(dict(list(weights.items())[:3]), path, {"format": "pt"})
-    assert "has no weights for base_model" in refusal(policy, adapter=tmp_path / "adapter")
+    with warnings.catch_warnings(record=True) as warned: assert "has no weights for base_model" in refusal(policy, adapter=tmp_path / "adapter")
+    assert not [w for w in warned if "missing" in str(w.message)]
     path.unlink()
     torch.save(weights, tmp_path / "adapter" / "adapter_model.bin")
     assert "has no adapter_model.safetensors" in refusal(policy, adapter=tmp_path / "adapter")

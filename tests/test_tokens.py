@@ -30,6 +30,7 @@ from threadweaver_ref.tokens import (
     parse_outlines,
     render,
     stop_ids,
+    untrained_rows,
 )
 
 BLOCK = ("<Parallel><Outlines><Outline>1:a</Outline><Outline>2:b</Outline></Outlines>"
@@ -291,17 +292,51 @@ def test_new_rows_start_at_the_mean(tied, padding, family):
     tokenizer = fresh_bpe()
     old = len(tokenizer)
     model = tiny(tied, old + padding, family)
-    before = [h.weight.detach()[:old].clone() for h in (model.get_input_embeddings(), model.get_output_embeddings())]
+    before = [h.weight.detach().clone() for h in (model.get_input_embeddings(), model.get_output_embeddings())]
     assert add_control_tokens(tokenizer, model) == len(CONTROL_TOKENS)
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
     for head, rows in zip(heads, before, strict=True):
         assert head.weight.shape[0] >= len(tokenizer)
-        torch.testing.assert_close(head.weight.detach()[:old], rows, rtol=0, atol=0)
-        torch.testing.assert_close(head.weight.detach()[old:len(tokenizer)], rows.mean(0).expand(len(CONTROL_TOKENS), -1))
+        now, spread = head.weight.detach(), (rows[:old] - rows[:old].mean(0)).square().mean().sqrt()
+        torch.testing.assert_close(now[:old], rows[:old], rtol=0, atol=0)
+        torch.testing.assert_close(now[len(tokenizer):], rows[len(tokenizer):], rtol=0, atol=0)   # spare rows are not asked for
+        new = now[old:len(tokenizer)]
+        torch.testing.assert_close(new, rows[:old].mean(0).expand_as(new), rtol=0, atol=1.01e-3 * spread.item())
+        assert len(new.unique(dim=0)) == len(CONTROL_TOKENS)
+        assert set(untrained_rows(now)) & {*range(old, len(tokenizer))} == {*range(old, len(tokenizer))}
     assert (heads[0].weight is heads[1].weight) == tied
     weights = [h.weight.detach().clone() for h in heads]
     assert add_control_tokens(tokenizer, model) == 0   # asking again changes nothing, trained rows least of all
     for head, rows in zip(heads, weights, strict=True): torch.testing.assert_close(head.weight.detach(), rows, rtol=0, atol=0)
+
+
+def test_new_rows_are_the_same_every_time_and_in_any_precision():
+    made = []
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        tokenizer = fresh_bpe()
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=5000, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        model = LlamaForCausalLM(config).to(torch.bfloat16).to(dtype)   # what a checkpoint in bfloat16 holds
+        old = 5000 - len(CONTROL_TOKENS)
+        model.resize_token_embeddings(old)
+        tokenizer.add_tokens([f"word {i}" for i in range(old - len(tokenizer))])
+        torch.manual_seed(len(made))   # whatever was drawn before
+        add_control_tokens(tokenizer, model)
+        weight = model.get_input_embeddings().weight.detach()
+        assert untrained_rows(weight) == [*range(old, 5000)] == list(control_ids(tokenizer).values())
+        made.append(weight[old:])
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0].bfloat16(), made[2])
+
+
+def test_rows_that_were_trained_are_not_new():
+    tokenizer = fresh_bpe()
+    model = tiny(True, len(tokenizer), "qwen2")
+    add_control_tokens(tokenizer, model)
+    weight, new = model.get_input_embeddings().weight, list(control_ids(tokenizer).values())
+    assert set(new) <= set(untrained_rows(weight))
+    with torch.no_grad(): weight[new[3]] += .2 * weight.std()
+    assert new[3] not in untrained_rows(weight)
+    assert untrained_rows(torch.zeros(20, 4)) == []   # nothing stands out
 
 
 def test_a_model_that_was_forgotten_is_grown_later():

@@ -1,0 +1,79 @@
+"""A real instruct model, SmolLM2-135M-Instruct: the decoder writes what transformers writes, and an adapter with new tokens is small. Slow."""
+import pytest
+import torch
+from smollm2 import smollm2
+
+from threadweaver_ref.decode import DecodeConfig, generate
+from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.model import add_lora, decoding_copy, load_policy, save_policy
+from threadweaver_ref.tokens import CONTROL_TOKENS, control_ids, encode_prompt
+
+pytestmark = pytest.mark.slow
+QUESTIONS = [
+    "What is 2 + 2?", "What is the capital of France?", "Name three fruits.", "Say hello in Spanish.", "Why is the sky blue?",
+    "Write a haiku about rain.", "Who wrote Hamlet?", "What is the boiling point of water?", "Explain gravity to a child.", "What is 17 times 3?",
+    "List the days of the week.", "What does a compiler do?", "A synonym for happy?", "How many legs has a spider?", "What is a prime number?",
+    "Translate 'good night' into French.", "Tell me a joke.", "What is the largest planet?", "What does </Outlines> mean?", "Finish: roses are red,"]
+
+
+@pytest.fixture(scope="module")
+def policy(): return load_policy(smollm2(), device="cpu")
+
+
+def chat_ids(tokenizer, question):
+    "Ids of the question as the user's turn, by transformers."
+    turn = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def reference(model, tokenizer, ids, n):
+    "What `transformers.generate` writes, greedily, without control tokens; its end of sequence too."
+    prompt = torch.tensor([ids])
+    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, do_sample=False,
+                             suppress_tokens=list(control_ids(tokenizer).values()))
+    return written[0, len(ids):].tolist()
+
+
+def sampled(rollout):
+    packed = rollout.tree.pack()
+    return packed.input_ids[packed.sampled].tolist()
+
+
+def test_the_prompt_is_the_templates(policy):
+    "But for what looks like a control token, which transformers would read as one."
+    _, tokenizer = policy
+    for question in QUESTIONS:
+        if not any(t in question for t in CONTROL_TOKENS): assert encode_prompt(tokenizer, question) == chat_ids(tokenizer, question)
+
+
+def test_sequential_greedy_text_is_that_of_transformers(policy):
+    model, tokenizer = policy
+    rollouts = generate(model, tokenizer, QUESTIONS, DecodeConfig(mode="sequential", limits=Limits(max_tokens=64)))
+    ended = 0
+    for question, rollout in zip(QUESTIONS, rollouts, strict=True):
+        wanted = reference(model, tokenizer, encode_prompt(tokenizer, question), 64)
+        assert sampled(rollout) == wanted, question
+        ends = wanted[-1] == tokenizer.eos_token_id
+        assert rollout.text == tokenizer.decode(wanted[:-1] if ends else wanted), question
+        assert rollout.finish_reason == ("stop" if ends else "length") and rollout.forks == 0 and not rollout.errors
+        ended += ends
+    assert 0 < ended < len(QUESTIONS)   # both ways to end were seen
+
+
+def test_an_adapter_on_new_tokens_takes_20_mb(policy, tmp_path):
+    model, tokenizer = load_policy(smollm2(), device="cpu")
+    lora = add_lora(model)
+    assert lora.peft_config["default"].trainable_token_indices == {"model.embed_tokens": list(control_ids(tokenizer).values())}
+    torch.manual_seed(0)
+    for p in lora.parameters():
+        if p.requires_grad: p.data += .01 * torch.randn_like(p)
+    save_policy(lora, tokenizer, tmp_path)
+    trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert 4 * trained < size < 4 * trained + 200_000 and size < 21e6
+    ids = torch.tensor([[*chat_ids(tokenizer, "Name three fruits."), *control_ids(tokenizer).values()]])
+    with torch.no_grad():
+        wanted = lora(input_ids=ids).logits
+        assert torch.equal(load_policy(tmp_path, device="cpu")[0](input_ids=ids).logits, wanted)
+        assert (policy[0](input_ids=ids).logits - wanted).abs().max() > 1
+        torch.testing.assert_close(decoding_copy(lora)(input_ids=ids).logits, wanted, atol=1e-3, rtol=1e-4)
