@@ -12,8 +12,9 @@ from threadweaver_ref import decode
 from threadweaver_ref.decode import DecodeConfig, FlatCache, choose, filter_logits, generate, show_timeline, uniforms
 from threadweaver_ref.forkjoin import ForkJoin, Limits, ThreadError, replay
 from threadweaver_ref.merge import JOINS
+from threadweaver_ref.model import add_lora
 from threadweaver_ref.tokens import CONTROL_TOKENS, Fork, control_ids, encode_prompt, encode_text
-from threadweaver_ref.tree import collate, tree_logits, tree_logprobs
+from threadweaver_ref.tree import check_model, collate, tree_logits, tree_logprobs
 
 char = TOKENIZERS["char"]()
 ROOMY = Limits(max_tokens=3000, max_thread_tokens=300)
@@ -760,6 +761,7 @@ def test_a_fork_copies_nothing(monkeypatch):
 def test_a_fork_reads_only_the_seeds():
     "At a fork the model reads the last token of the trunk and the seeds; the shared prefix is not read again."
     model, sizes = tiny("Qwen3", char), []
+    check_model(model)   # asks the model, once
     config = said(["x=" + block("1:p", "2:q", "3:r"), "y<eos>"], ["12</Thread>"] * 3)
     handle = model.register_forward_pre_hook(lambda m, a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
     generate(model, char, ["12345678?"], config)
@@ -794,6 +796,7 @@ def test_narrow_problems_have_a_pass_of_their_own():
         forks = branch.machine.tree.ids[0][0] % 4 == 0 and not branch.forks
         return encode_text(tokenizer, "ab" + block("1:p", "2:q", "3:r") if forks else "abcd" * 12 + "<eos>")
     sizes = []
+    check_model(model)
     handle = model.register_forward_pre_hook(lambda m, a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
     together = generate(model, char, questions, DecodeConfig(hook=Script(char, plan)))
     handle.remove()
@@ -840,3 +843,29 @@ def test_control_tokens_in_a_question_are_text(name):
     assert control.isdisjoint(evil.tree.ids[0]) and tokenizer.decode(evil.tree.ids[0]) == question == evil.question
     assert not any("<Thread>1:</Thread>" in i.text for i in evil.trajectory if hasattr(i, "text"))
     assert same(plain, generate(model, tokenizer, ["7?"], config)[0])
+
+
+# ---- what a policy knows
+
+def test_a_question_outside_what_a_policy_knows_is_answered_with_a_warning():
+    model = tiny("Qwen3", char)
+    config = DecodeConfig(limits=Limits(max_tokens=5))
+    assert not generate(model, char, ["abc?"], config)[0].warnings
+    model.config.knows = {"pattern": r"[0-9+*]+\?", "says": "sums"}
+    with pytest.warns(UserWarning, match="trained on sums") as seen: rollouts = generate(model, char, ["1+1?", "abc?", "What?"], config)
+    assert [len(r.warnings) for r in rollouts] == [0, 1, 1] and len(seen) == 1 and all(len(r.logprobs) for r in rollouts)
+
+
+def test_adapters_are_merged_once_and_the_texts_stay(monkeypatch):
+    merged, real = [], decode.decoding_copy
+    monkeypatch.setattr(decode, "decoding_copy", lambda m: merged.append(1) or real(m))
+    torch.manual_seed(0)
+    model = add_lora(tiny("Qwen3", char), train_tokens=list(control_ids(char).values()))
+    for p in model.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=.05)
+    config = DecodeConfig(hook=Script(char, random_plan), limits=Limits(max_tokens=150, max_thread_tokens=40))
+    asked = questions(random.Random("lora"), 5)
+    rollouts = generate(model, char, asked, config)
+    assert len(merged) == 1 and any(r.forks for r in rollouts)
+    for question, rollout in zip(asked, rollouts, strict=True): assert rollout.tree == plain_loop(model, char, question, config).tree
+    same_logprobs(model, rollouts)

@@ -11,6 +11,7 @@ __all__ = ['PREFILL_CELLS', 'FlatCache', 'DecodeConfig', 'Interval', 'Rollout', 
 import hashlib
 import html
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from transformers.cache_utils import Cache
 
 from .forkjoin import MODES, ForkJoin, Limits
 from .merge import get_join
+from .model import decoding_copy, unfamiliar
 from .tasks import extract_answer
 from .tokens import Fork, check_format, encode_prompt, encode_text, stop_ids
 from .tree import SpanTree, check_model, keeps_logits, line_limit
@@ -144,6 +146,7 @@ class Rollout:
     peak_slots: int = 0      # slots of the cache in use at the most
     load: list = field(default_factory=list, repr=False)   # (live branches, slots in use) of every decoding step
     end: int | None = None   # the id that ended it; None if it was cut off
+    warnings: list = field(default_factory=list, repr=False)   # lines: what is doubtful about the question
 
     def __repr__(self):
         return (f"Rollout({self.question!r} -> {self.answer!r}, {self.finish_reason}, forks={self.forks}, token_latency={self.token_latency}, "
@@ -653,14 +656,21 @@ def generate(
     progress=False,         # show a bar
     stats=None,             # a dict: filled with steps, forward passes, seconds
 ) -> list:
-    "A `Rollout` for every question. What one samples depends on its seed alone, not on its neighbours in the batch."
+    """A `Rollout` for every question. What one samples depends on its seed alone, not on its neighbours (in half precision: but for noise).
+
+    Raises `ValueError` for a model that `check_model` refuses and for what is no question, `FloatingPointError` for logits that are no numbers.
+    Warns of a question outside what the model says that it knows."""
     if isinstance(questions, str): raise ValueError("questions must be a list of strings, not one string")
     questions = _checked(questions)
     seeds = default_seeds(config.seed, questions) if seeds is None else seeds
     if len(seeds) != len(questions): raise ValueError(f"{len(seeds)} seeds for {len(questions)} questions")
-    training, decoder = model.training, Decoder(model.eval(), tokenizer, config)
-    try: rollouts = decoder.run(questions, seeds, progress) if questions else []
+    training = model.training
+    try:
+        decoder = Decoder(decoding_copy(model.eval()).eval(), tokenizer, config)
+        rollouts = decoder.run(questions, seeds, progress) if questions else []
     finally: model.train(training)
+    for r in rollouts: r.warnings += filter(None, [unfamiliar(model, r.question)])
+    for line in dict.fromkeys(w for r in rollouts for w in r.warnings): warnings.warn(line, stacklevel=2)   # once each
     if stats is not None: stats.update(decoder.stats)
     return rollouts
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .tasks import data_dir
 from .tokens import add_control_tokens, untrained_rows
+from .tree import check_model
 
 # %% ../nbs/06_model.ipynb #1fd42bfc
 SIZES = {
@@ -152,8 +153,9 @@ def load_policy(
             model = _load_model(base, dtype or (torch.float32 if str(device) == "cpu" else "auto"))
             add_control_tokens(tokenizer, model)
             if adapter: model = _put_on(model, adapter)
+            check_model(model := model.to(device).eval())
     except Exception as error: raise ValueError(f"cannot load policy {str(path_or_name)!r}: {_reason(error)}") from error
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 # %% ../nbs/06_model.ipynb #1b3521a4
 CALCULATIONS = {  # the field `knows` of a policy that was trained on the families of `02_tasks`; no pattern here can backtrack far
