@@ -1,13 +1,8 @@
 """Fine-tuning: packed against unit by unit, each token once, micro-batches, exact resume, several processes, recipes."""
 import json
-import os
 import random
-import subprocess
-import sys
-import textwrap
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -148,6 +143,21 @@ def test_processes_share_a_step(n, processes):
     assert all(len(g) == (2 if weight else 1) for part in parts for g, weight in part)   # what only fills up is small
 
 
+def drawing(*values):
+    "An `rng` whose first draws are these."
+    rng, values = random.Random(0), iter(values)
+    real = rng.random
+    rng.random = lambda: next(values, None) or real()
+    return rng
+
+
+@pytest.mark.parametrize("draw, mode", [(.05, "flat"), (.099, "flat"), (.101, "tree"), (.5, "tree"), (.699, "tree"), (.701, "line"), (.99, "line")])
+def test_shares_do_not_overlap(draw, mode):
+    "The first tenth of all draws are shown as one flat line with their control tokens, the last three tenths without forks."
+    tree = example_tree(RUNNING, TOKENIZER, SFTConfig(), drawing(draw))
+    assert (len(tree) > 2, len(tree) == 2 and "<Parallel>" in TOKENIZER.decode(tree.ids[1])) == (mode == "tree", mode == "flat")
+
+
 # ---- training
 
 def test_the_cut_into_micro_batches_changes_nothing():
@@ -189,6 +199,99 @@ def test_muon_moves_every_direction_and_the_rest_is_adamw():
         else:
             moved = torch.linalg.svdvals(p.detach() - start[name]) / (lr * .2 * max(p.shape) ** .5)
             assert moved[0] < 1.3 and moved[0] > .5
+
+
+def spied(monkeypatch, owner, name):
+    "Every call of a function, as (positional, named) arguments; it is made all the same."
+    calls, real = [], getattr(owner, name)
+    def spy(*args, **named):
+        calls.append((args, named))
+        return real(*args, **named)
+    monkeypatch.setattr(owner, name, spy)
+    return calls
+
+
+def test_settings_of_the_update_arrive(monkeypatch, tmp_path):
+    adamws, muons, cut = spied(monkeypatch, torch.optim, "AdamW"), spied(monkeypatch, sft, "Muon"), spied(monkeypatch, sft, "micro_batches")
+    clipped, seeded = spied(monkeypatch, sft.Accelerator, "clip_grad_norm_"), spied(monkeypatch, sft, "set_seed")
+    made, saved = spied(monkeypatch, sft, "Accelerator"), spied(monkeypatch, sft, "_checkpoint")
+    config = SFTConfig(steps=4, batch=2, micro_tokens=99, lr=.02, warmup=.5, weight_decay=.07, betas=(.7, .8), clip=.3, seed=3, folder=str(tmp_path),
+                       save_every=3, mixed_precision="bf16")
+    log = train_sft(fresh(), TOKENIZER, [RUNNING], config)
+    (args, named), = adamws
+    assert args[1:] == (.02, (.7, .8)) and named["weight_decay"] == .07 and not muons and [c[0][1] for c in cut] == [99] * 4
+    assert [r["lr"] / .02 for r in log] == pytest.approx([.5, 1, .5, 0])
+    assert {c[0][2] for c in clipped} == {.3} and made == [((), {"mixed_precision": "bf16"})] and seeded == [((3,), {})]
+    assert [c[0][2] for c in saved] == [0, 3, 4] and [len(c[0][0]) for c in cut] == [2] * 4
+    train_sft(fresh(), TOKENIZER, [RUNNING], replace(config, optimizer="muon", folder=None, steps=1))
+    (args, named), = muons
+    assert args[1] == .02 and named == {"weight_decay": .07} and len(args[0]) == 14 and len(adamws) == 2
+    assert adamws[1][0][1:] == (.02, (.7, .8)) and adamws[1][1]["weight_decay"] == .07
+
+
+def test_settings_of_the_trees_arrive(monkeypatch):
+    "Fork, join, window, leaves and the two shares; flex attention asks for a GPU elsewhere."
+    traced, grown, thinned = spied(monkeypatch, sft, "trace"), spied(monkeypatch, sft, "replay"), spied(monkeypatch, sft, "thin")
+    example_tree(RUNNING, TOKENIZER, SFTConfig(fork="nested", join="result", leaves=3), drawing(.5))
+    assert traced[0][0][1] == "nested" and traced[0][0][3] is True and grown[0][0][3:] == ("result", "parallel") and thinned[0][0][1] == 3
+    example_tree(RUNNING, TOKENIZER, SFTConfig(join="kv", sequential=.6, autoregressive=.4), drawing(.39))
+    assert traced[1][0][1] is True and traced[1][0][3] is False and grown[1][0][3:] == ("kv", "autoregressive") and len(thinned) == 1
+    example_tree(RUNNING, TOKENIZER, SFTConfig(sequential=.6, autoregressive=.4), drawing(.41))
+    assert traced[2][0][1] is False and grown[2][0][3:] == ("concat", "parallel")
+    with pytest.raises(ValueError, match="the window has 9"): example_tree(RUNNING, TOKENIZER, SFTConfig(window=9), drawing(.5))
+
+
+def test_defaults_are_the_ones_written_down():
+    assert asdict(SFTConfig()) == dict(
+        steps=1000, batch=64, micro_tokens=2048, lr=1e-3, optimizer="adamw", warmup=.05, weight_decay=.01, betas=(.9, .95), clip=1.0, fork=True,
+        sequential=.3, autoregressive=.1, join="concat", window=None, leaves=None, seed=0, folder=None, save_every=200, mixed_precision=None,
+        attention="dense")
+
+
+def test_the_first_steps_are_small(monkeypatch):
+    "Warm-up: what each step moves, and with which learning rate."
+    used, real = [], torch.optim.AdamW.step
+    def step(self, *args): used.append(self.param_groups[0]["lr"]); return real(self, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train_sft(fresh(), TOKENIZER, [RUNNING], SFTConfig(steps=8, batch=1, lr=1., warmup=.5, clip=1e-9))
+    assert used == pytest.approx([0, .25, .5, .75, 1, (1 + .5 ** .5) / 2, .5, (1 - .5 ** .5) / 2])
+
+
+def test_one_step_of_adamw_by_hand():
+    model, hand, lr = fresh(), fresh(), 1e-2
+    config = SFTConfig(steps=1, batch=1, lr=lr, warmup=0, weight_decay=.5, clip=1e9, sequential=0, autoregressive=0)
+    row, = train_sft(model, TOKENIZER, [RUNNING], config)
+    loss = -tree_logprobs(hand, collate([replay(trace(RUNNING), prompt(RUNNING), TOKENIZER).pack()])).mean()
+    loss.backward()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for (name, new), p in zip(model.named_parameters(), hand.parameters()):
+        step = p.grad / (p.grad.abs() + 1e-8)   # the first step: both means, corrected, are the gradient's own
+        assert torch.allclose(new, p * (1 - lr * .5) - lr * step, atol=1e-5), name
+
+
+def test_muon_by_hand():
+    "Two steps: momentum, Nesterov's look ahead, decoupled weight decay. Defaults are the ones used."
+    torch.manual_seed(0)
+    start, gradients = torch.randn(6, 4), torch.randn(2, 6, 4)
+    for options, decay, momentum in (({}, .01, .95), (dict(weight_decay=.3, momentum=.5), .3, .5)):
+        p = torch.nn.Parameter(start.clone())
+        optimizer, hand, mean = sft.Muon([p], .1, **options), start.clone(), torch.zeros(6, 4)
+        for g in gradients:
+            p.grad = g.clone()
+            optimizer.step()
+            mean = momentum * mean + (1 - momentum) * g
+            ahead = momentum * mean + (1 - momentum) * g
+            hand = hand * (1 - .1 * decay) - .1 * .2 * 6 ** .5 * orthogonal(ahead)
+        assert torch.allclose(p, hand, atol=1e-5)
+
+
+def test_what_fills_up_weighs_nothing(monkeypatch):
+    "A process that runs short repeats a batch, with weight 0."
+    plain, filled, config = fresh(), fresh(), SFTConfig(steps=2, batch=3, micro_tokens=1)
+    log = train_sft(plain, TOKENIZER, MIXED, config)
+    monkeypatch.setattr(sft, "share", lambda groups, *_: [(g, 1.0) for g in groups] + [(groups[0][:1], 0.0)])
+    again = train_sft(filled, TOKENIZER, MIXED, config)
+    assert same(plain, filled) and [(r["loss"], r["grad_norm"]) for r in again] == [(r["loss"], r["grad_norm"]) for r in log]
 
 
 def stop_at(n):
@@ -490,36 +593,3 @@ def test_what_does_not_fit_is_forked_or_refused():
     assert len(example_tree(problem, TOKENIZER, config, random.Random(0))) > 20
     with pytest.raises(ValueError, match="positions, the window has 200"):
         example_tree(problem, TOKENIZER, replace(config, window=200), random.Random(0))
-
-
-# ---- several processes
-
-PROCESS = """
-    import sys, torch
-    sys.path.insert(0, {tests!r})
-    from test_sft import MIXED, SHORT, TOKENIZER, fresh, replace, train_sft
-    torch.set_num_threads(1)
-    model = fresh()
-    if len(sys.argv) > 2:
-        def stop(step, row):
-            if step == 3: raise SystemExit(0)
-        train_sft(model, TOKENIZER, MIXED, replace(SHORT, folder=sys.argv[1]), stop)
-    log = train_sft(model, TOKENIZER, MIXED, replace(SHORT, folder=sys.argv[1]))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_same_update(tmp_path):
-    "Two gloo processes on the CPU, stopped and resumed once, against one that went through."
-    script = tmp_path / "process.py"
-    script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent))))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(script), str(tmp_path / "run")]
-    for extra in (["stop"], []): subprocess.run(launch + extra, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-    assert len(list((tmp_path / "run").glob("step-*/random_states_*"))) == 2   # there were two
-    one = fresh()
-    log = train_sft(one, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path / "alone")))
-    two = fresh()
-    its_log = train_sft(two, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path / "run")))   # finished: only loaded
-    assert [r["loss"] for r in its_log] == pytest.approx([r["loss"] for r in log], rel=1e-4)
-    assert [r["sampled"] for r in its_log] == [r["sampled"] for r in log]
-    assert torch.allclose(flat(one.parameters()), flat(two.parameters()), atol=1e-4)
