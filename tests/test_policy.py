@@ -95,7 +95,7 @@ def test_advantages_against_a_loop():
 BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
        (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(tensorboard=True), "folder"),
        (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"), (dict(eval_every=-1), "below 0"),
-       (dict(weight_decay=-1.0), "below 0")]
+       (dict(weight_decay=-1.0), "below 0"), (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
 
 @pytest.mark.parametrize("bad, message", BAD)
 def test_bad_settings(bad, message):

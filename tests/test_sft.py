@@ -410,11 +410,12 @@ def test_its_own_attention_comes_back(monkeypatch):
     "Of a model with eager attention that was trained with blocks, or was to be."
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sft, "parse_flag_from_env", lambda name: False)
-    monkeypatch.setattr(sft, "set_seed", lambda seed: (_ for _ in ()).throw(KeyboardInterrupt))   # as early as can be
-    model = fresh(attn_implementation="eager")
+    model, trained_with = fresh(), []
     model.set_attn_implementation("eager")
+    def stop(seed): trained_with.append(model.config._attn_implementation); raise KeyboardInterrupt
+    monkeypatch.setattr(sft, "set_seed", stop)   # as early as can be
     with pytest.raises(KeyboardInterrupt): train_sft(model, TOKENIZER, MIXED, SFTConfig(steps=1, attention="flex", mixed_precision="no"))
-    assert model.config._attn_implementation == "eager"
+    assert trained_with == ["flex_attention"] and model.config._attn_implementation == "eager"
 
 
 def test_after_a_loss_that_is_no_number_a_lower_lr_trains(monkeypatch):

@@ -58,6 +58,8 @@ def _check_training(config, *sizes):
     if config.weight_decay < 0: raise ValueError(f"weight_decay={config.weight_decay}: must not be below 0")
     if not 0 <= config.warmup <= 1: raise ValueError(f"warmup={config.warmup}: must lie between 0 and 1")
     if config.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {config.optimizer!r}: choose adamw or muon")
+    if config.mixed_precision == "fp16" and config.optimizer == "muon":   # accelerate would scale back twice: muon comes with a second optimiser
+        raise ValueError("mixed_precision='fp16' trains with adamw alone: choose it, or bf16, or no")
     get_join(config.join)
 
 @dataclass(frozen=True)
@@ -90,8 +92,6 @@ class SFTConfig:
         if self.fork not in FORKS: raise ValueError(f"unknown fork mode {self.fork!r}: choose one of {', '.join(map(str, FORKS))}")
         if min(self.sequential, self.autoregressive) < 0 or self.sequential + self.autoregressive > 1:
             raise ValueError("sequential and autoregressive must lie between 0 and 1, and so must their sum")
-        if self.mixed_precision == "fp16" and self.optimizer == "muon":   # accelerate's scaler is made for one optimiser
-            raise ValueError("mixed_precision='fp16' trains with adamw alone: choose it, or bf16, or no")
 
 # %% ../nbs/07_sft.ipynb #ce68636c
 def _longest(tree): return max(map(tree.end, range(len(tree))))
