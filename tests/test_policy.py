@@ -142,6 +142,11 @@ def test_loss_and_gradients_against_units(arch, name):
     assert torch.allclose(gradients(model, fast), gradients(model, slow), atol=1e-5)
 
 
+def test_the_loss_has_the_type_of_the_log_probabilities():
+    "Advantages are float64; a loss that were so too could not be summed with others of a half-precision model."
+    assert pgrpo_loss(torch.zeros(3), torch.ones(3, dtype=torch.float64)).dtype == torch.float32
+
+
 def test_loss_in_parts():
     "A batch cut in two, each part over the tokens of the whole, gives the loss of the batch, not a mean of means."
     logprobs, advantages = torch.randn(10), [.5, -1.0, 2.0]
