@@ -143,7 +143,7 @@ def test_loss_and_gradients_against_units(arch, name):
 
 
 def test_the_loss_has_the_type_of_the_log_probabilities():
-    "Advantages are float64; a loss that were so too could not be summed with others of a half-precision model."
+    "Advantages are float64, as rewards are; the loss is not."
     assert pgrpo_loss(torch.zeros(3), torch.ones(3, dtype=torch.float64)).dtype == torch.float32
 
 
