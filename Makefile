@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 POLICIES := tiny-base tiny-sft tiny-sft-random tiny-sft-wide tiny-sft-nested tiny-sft-result tiny-sft-kv tiny-window tiny-rl
 
-.PHONY: demo test test-slow lab readme train clean
+.PHONY: demo test test-slow mutants lab readme train clean
 
 .venv/ready: settings.ini constraints.txt setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,12 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(ENV) nbdev_test --n_workers 1 --timing --flags slow
 	$(ENV) python -m pytest tests -q --slow
+
+# Hours: does a test fail for every small change of a line?  Goes on where it was stopped; ends with those that no test saw
+# (`mutmut show NAME` shows one; LOG.md says which change nothing).  Some only: make mutants ONLY='threadweaver_ref.policy.x_eta*'
+mutants: .venv/ready
+	$(ENV) mutmut run --max-children 1 $(ONLY)
+	$(ENV) mutmut results
 
 lab: .venv/ready
 	$(ENV) jupyter lab nbs

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from helpers import TOKENIZERS, random_trajectory, tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from threadweaver_ref import cli, policy
+from threadweaver_ref import cli, policy, sft
 from threadweaver_ref.decode import DecodeConfig, generate
-from threadweaver_ref.forkjoin import Limits, replay, units
+from threadweaver_ref.forkjoin import ForkJoin, Limits, replay, units
 from threadweaver_ref.model import add_lora, load_policy, merge_lora, save_policy
 from threadweaver_ref.policy import (
     PGRPO_RECIPES,
@@ -48,7 +48,7 @@ from threadweaver_ref.policy import (
 from threadweaver_ref.seconds import StepCost
 from threadweaver_ref.sft import SFTConfig
 from threadweaver_ref.tasks import BENCH_FAMILIES, bench, chain, grade, oracle, sum_of_products
-from threadweaver_ref.tokens import Fork, Text, Thread, encode_prompt
+from threadweaver_ref.tokens import Fork, Text, Thread, control_ids, encode_prompt, encode_text, parse, render
 from threadweaver_ref.tree import SpanTree, collate, tree_logprobs
 
 PROBLEM = sum_of_products([(2, 3), (4, 5)])
@@ -67,7 +67,14 @@ def test_reward_by_hand(latency, total, expected):
 
 
 def test_eta_counts_no_prompt():
-    "It is made from the rollout's own counts, which leave the prompt out; an empty rollout has none."
+    "Of a real rollout, from its text alone: what runs beside the longest thread, over all that was written. An empty one has none."
+    model, tokenizer = load_policy("tiny-sft", device="cpu")
+    r, = generate(model, tokenizer, ["12*3+4*5+67*8?"])
+    size = lambda text: len(encode_text(tokenizer, text))
+    fork, = [n for n in parse(r.text) if isinstance(n, Fork)]
+    threads = [size(f"<Thread>{i}:{render(t.body)}</Thread>") for i, t in enumerate(fork.threads, 1)]
+    assert len(threads) == 3 and eta(r) == pytest.approx((sum(threads) - max(threads)) / (size(r.text) + 1))
+    assert reward(r, sum_of_products([(12, 3), (4, 5), (67, 8)]), rho=.3) == pytest.approx(1 + .3 * eta(r))
     assert eta(stand_in("", 30, 40)) == 0.25 and eta(stand_in("", 0, 0)) == 0
 
 
@@ -88,7 +95,7 @@ def test_advantages_against_a_loop():
 BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
        (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(tensorboard=True), "folder"),
        (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"), (dict(eval_every=-1), "below 0"),
-       (dict(weight_decay=-1.0), "below 0")]
+       (dict(weight_decay=-1.0), "below 0"), (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
 
 @pytest.mark.parametrize("bad, message", BAD)
 def test_bad_settings(bad, message):
@@ -135,6 +142,11 @@ def test_loss_and_gradients_against_units(arch, name):
     assert torch.allclose(gradients(model, fast), gradients(model, slow), atol=1e-5)
 
 
+def test_the_loss_has_the_type_of_the_log_probabilities():
+    "Advantages are float64, as rewards are; the loss is not."
+    assert pgrpo_loss(torch.zeros(3), torch.ones(3, dtype=torch.float64)).dtype == torch.float32
+
+
 def test_loss_in_parts():
     "A batch cut in two, each part over the tokens of the whole, gives the loss of the batch, not a mean of means."
     logprobs, advantages = torch.randn(10), [.5, -1.0, 2.0]
@@ -156,6 +168,184 @@ def test_banned_ids_have_no_share():
     with torch.no_grad(): free = tree_logprobs(model, collate(trees))
     others = torch.arange(len(tokenizer)) != banned
     assert torch.allclose(free[others] - torch.log1p(-free[banned].exp()), logprobs[others], atol=1e-5)
+
+
+def seen_scores(monkeypatch):
+    "What an update asks `tree_logprobs` for, and gets: [(batch, banned, logprobs), ...]."
+    found, scored = [], sft.tree_logprobs
+    def spy(model, batch, banned=()):
+        found.append((batch, list(banned), scored(model, batch, banned)))
+        return found[-1][2]
+    monkeypatch.setattr(sft, "tree_logprobs", spy)
+    return found
+
+
+def test_sequential_scores_are_those_of_what_was_drawn_from(monkeypatch):
+    """Recorded are the model's own log-probabilities, and drawing was among all tokens that are not banned. So a score is the recorded one
+    less the logarithm of the share that was left; the model's own, run over each line alone, say how large that was."""
+    (model, tokenizer), found = learner(), seen_scores(monkeypatch)
+    config = PGRPOConfig(steps=1, batch=1, group=4, mode="sequential", limits=SHORT, micro_tokens=1)
+    rollouts = roll_out(model, tokenizer, [PROBLEM], config)
+    train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], config, lively)
+    banned = ForkJoin([0], tokenizer, mode="sequential").trunk.banned_ids
+    assert control_ids(tokenizer)["<Parallel>"] in banned and all(sorted(b) == sorted(banned) for _, b, _ in found) and len(found) > 1
+    lines = {tuple(r.tree.path_ids(len(r.tree) - 1)): r for r in rollouts}
+    for batch, _, scores in found:
+        r = lines[tuple(batch["input_ids"][0].tolist())]
+        n = len(r.logprobs)
+        with torch.no_grad(): own = model(batch["input_ids"]).logits[0, -n - 1:-1].log_softmax(-1)
+        left = 1 - own[:, list(banned)].exp().sum(1)
+        assert torch.allclose(scores, r.logprobs - left.log(), atol=1e-4) and (scores > r.logprobs + 1e-4).any()
+
+
+def slow_step(model, rollouts, advantages):
+    "Equation 4 by hand: every sampled span behind all that it sees, through the plain model; over all tokens, those without an advantage too."
+    total, count = 0, 0
+    for r, advantage in zip(rollouts, advantages):
+        for s in (s for s in range(len(r.tree)) if r.tree.sampled[s]):
+            line, n = r.tree.path_ids(s), len(r.tree.ids[s])
+            own = model(torch.tensor([line]), use_cache=False).logits[0, -n - 1:-1].log_softmax(-1)
+            total, count = total + advantage * own[range(n), line[-n:]].sum(), count + n
+    return -total / count, count
+
+
+def test_one_step_by_hand():
+    "Two groups; the rewards of one are all alike: its advantages are 0, and its tokens count all the same (eq. 4)."
+    model, tokenizer = learner()
+    config = PGRPOConfig(steps=1, batch=2, group=3, limits=SHORT, lr=1e-2, warmup=0, weight_decay=.1, betas=(.8, .9), clip=1e-2, seed=5)
+    problems, trained, hand = [PROBLEM, sum_of_products([(7, 8)])], copy.deepcopy(model), copy.deepcopy(model)
+    pay = lambda r, p: .25 if p is PROBLEM else lively(r, p)
+    row, = train_pgrpo(trained, tokenizer, problems, config, pay)
+    chosen = sft.step_problems(problems, 0, config, None)
+    rollouts = roll_out(model, tokenizer, chosen, config, 0)
+    scores = [[pay(r, p) for r in rollouts[3 * i:3 * i + 3]] for i, p in enumerate(chosen)]
+    advantages = [x - sum(group) / 3 for group in scores for x in group]
+    assert sum(abs(a) < 1e-12 for a in advantages) == 3 and row["used"] == .5
+    loss, count = slow_step(hand, rollouts, advantages)
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) and row["sampled"] == count == sum(len(r.logprobs) for r in rollouts)
+    loss.backward()
+    assert row["grad_norm"] == pytest.approx(torch.nn.utils.clip_grad_norm_(hand.parameters(), 1e-2).item(), rel=1e-4)
+    torch.optim.AdamW(hand.parameters(), 1e-2, (.8, .9), weight_decay=.1).step()
+    assert torch.allclose(adapters(trained), adapters(hand), atol=1e-5) and not torch.allclose(adapters(trained), adapters(model), atol=1e-3)
+
+
+def spied(monkeypatch, owner, name):
+    "Every call of a function, as (positional, named) arguments; it is made all the same."
+    calls, real = [], getattr(owner, name)
+    def spy(*args, **named):
+        calls.append((args, named))
+        return real(*args, **named)
+    monkeypatch.setattr(owner, name, spy)
+    return calls
+
+
+def test_settings_of_rollouts_arrive(monkeypatch):
+    "Temperature 1 and nothing left out, join, mode and limits as asked for; new seeds in every step."
+    (model, tokenizer), decoded, chosen = learner(), spied(monkeypatch, policy, "generate"), spied(monkeypatch, policy, "step_problems")
+    config = PGRPOConfig(steps=3, batch=2, group=3, mode="autoregressive", join="result", limits=Limits(11, 7), seed=4)
+    texts = train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM, sum_of_products([(7, 8)])], config, lively)
+    assert len(texts) == len(decoded) == 3
+    for (_, _, questions, decoding, seeds), _ in decoded:
+        assert decoding == DecodeConfig("autoregressive", "result", 1.0, limits=Limits(11, 7))
+        assert len(questions) == 6 == 3 + questions.count(PROBLEM.question)
+        assert len(set(map(str, seeds))) == 6
+    assert len({str(seed) for (*_, seeds), _ in decoded for seed in seeds}) == 18
+    other = spied(monkeypatch, policy, "generate")
+    train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], replace(config, steps=1, batch=1, seed=5), lively)
+    assert not {str(s) for s in other[0][0][4]} & {str(s) for s in decoded[0][0][4]} and [c[0][2].seed for c in chosen[-1:]] == [5]
+
+
+@pytest.mark.parametrize("join", ["concat", "result", "kv"])
+def test_rollouts_join_as_they_are_told(monkeypatch, join):
+    "What policies decode with is what they are asked for, in `answers` too."
+    (model, tokenizer), decoded = learner(), spied(monkeypatch, policy, "generate")
+    roll_out(model, tokenizer, [PROBLEM], PGRPOConfig(group=2, join=join, limits=SHORT))
+    policy.answers(model, tokenizer, [PROBLEM], "sequential", join, .5)
+    assert [(c[0][3].mode, c[0][3].join, c[0][3].temperature) for c in decoded] == [("parallel", join, 1), ("sequential", join, .5)]
+
+
+def test_settings_of_the_update_arrive(monkeypatch, tmp_path):
+    (model, tokenizer), optimizers = learner(), spied(monkeypatch, torch.optim, "AdamW")
+    centred, cut, muons = spied(monkeypatch, policy, "group_advantages"), spied(monkeypatch, policy, "micro_batches"), spied(monkeypatch, sft, "Muon")
+    clipped, seeded = spied(monkeypatch, sft.Accelerator, "clip_grad_norm_"), spied(monkeypatch, sft, "set_seed")
+    made, saved = spied(monkeypatch, sft, "Accelerator"), spied(monkeypatch, sft, "_checkpoint")
+    config = PGRPOConfig(steps=4, batch=1, group=3, normalize="std", lr=.02, warmup=.5, weight_decay=.07, betas=(.7, .8), clip=.3, micro_tokens=99,
+                         seed=3, folder=str(tmp_path), save_every=3, limits=SHORT, mixed_precision="bf16")
+    log = train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], config, lively)
+    assert [r["lr"] / .02 for r in log] == pytest.approx([.5, 1, .5, 0]) and {c[0][1] for c in centred} == {"std"} and {c[0][1] for c in cut} == {99}
+    (args, named), = optimizers
+    assert args[1:] == (.02, (.7, .8)) and named["weight_decay"] == .07 and not muons
+    assert {c[0][2] for c in clipped} == {.3} and made == [((), {"mixed_precision": "bf16"})] and seeded == [((3,), {})]
+    assert [c[0][2] for c in saved] == [0, 3, 4] and Path(saved[0][0][1]) == tmp_path
+    train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], replace(config, steps=1, folder=None, optimizer="muon", mixed_precision="no"), lively)
+    (args, named), = muons
+    assert args[1] == .02 and named == {"weight_decay": .07} and len(args[0]) == 14
+
+
+def test_defaults_are_the_ones_written_down():
+    assert asdict(PGRPOConfig()) == dict(
+        steps=100, batch=16, group=8, mode="parallel", join="concat", limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)),
+        normalize="mean", lr=1e-3, optimizer="adamw", warmup=.05, weight_decay=0.0, betas=(.9, .95), clip=1.0, micro_tokens=2048, seed=0,
+        folder=None, save_every=25, eval_every=0, tensorboard=False, mixed_precision="no")
+
+
+def test_evaluation_is_as_often_as_asked_for(monkeypatch):
+    (model, tokenizer), asked = learner(), spied(monkeypatch, policy, "answers")
+    monkeypatch.setattr(policy, "generate", lambda m, t, q, decoding, seeds: generate(m, t, q, replace(decoding, limits=SHORT), seeds))
+    config = PGRPOConfig(steps=5, batch=1, group=2, eval_every=2, mode="sequential", join="kv", limits=SHORT)
+    log = train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], config, lively, [PROBLEM] * 2)
+    assert [r["step"] for r in log if "eval" in r] == [2, 4] and [c[0][3:6] for c in asked] == [("sequential", "kv", 0.0)] * 2
+
+
+def wide_hook(tokenizer):
+    "A fork first; the threads write until they are full."
+    block = encode_text(tokenizer, "<Parallel><Outlines><Outline>1:a</Outline><Outline>2:b</Outline></Outlines>")
+    def hook(branch, ids, logits):
+        out = logits.clone()
+        out[[*control_ids(tokenizer).values(), *tokenizer.all_special_ids]] = -torch.inf
+        if not branch.path and not branch.forks:
+            out[:] = -torch.inf
+            out[block[len(ids)]] = 0
+        return out
+    return hook
+
+
+@pytest.mark.parametrize("arch", ["Mistral", "GPT2"])
+def test_forced_tokens_behind_the_window(arch, monkeypatch, tmp_path):
+    "A join may put some there. Nothing sampled sees them, and what is sampled is learned as by hand."
+    tokenizer = TOKENIZERS["char"]()
+    torch.manual_seed(0)
+    small = dict(n_positions=42, n_embd=32, n_layer=2, n_head=2, vocab_size=len(tokenizer), initializer_range=.3,
+                 bos_token_id=None, eos_token_id=tokenizer.eos_token_id, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
+    model = tiny(arch, tokenizer, sliding_window=42) if arch == "Mistral" else GPT2LMHeadModel(GPT2Config(**small)).eval()
+    monkeypatch.setattr(policy, "generate", lambda m, t, q, decoding, seeds: generate(m, t, q, replace(decoding, hook=wide_hook(t)), seeds))
+    config = PGRPOConfig(steps=1, batch=1, group=3, limits=Limits(100, 12), warmup=0)
+    pay = lambda r, p: sum(map(ord, r.text)) % 9
+    rollouts, problem = roll_out(model, tokenizer, [sum_of_products([(7, 8)])], config), sum_of_products([(7, 8)])
+    ends = [max(map(r.tree.end, range(len(r.tree)))) for r in rollouts]
+    assert min(ends) > 42 and all(r.tree.end(s) <= 42 for r in rollouts for s in range(len(r.tree)) if r.tree.sampled[s])
+    trained = copy.deepcopy(model)
+    row, = train_pgrpo(trained, tokenizer, [problem], config, pay)
+    scores = [pay(r, problem) for r in rollouts]
+    loss, count = slow_step(model, rollouts, [x - sum(scores) / 3 for x in scores])
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-5) and row["sampled"] == count and row["grad_norm"] > 0
+    log = sft.train_sft(trained, tokenizer, [r.tree for r in rollouts], SFTConfig(steps=1, batch=3, lr=1e-9))   # ready trees, in fine-tuning
+    assert log[0]["sampled"] == count and log[0]["tokens"] < sum(len(r.tree.pack()) for r in rollouts)
+
+
+def test_self_training_twice_in_one_folder(tmp_path):
+    "The same again is loaded; other rollouts are another run, and one line says so."
+    model, tokenizer = load_policy("tiny-sft-random", device="cpu")
+    problems, limits = [PROBLEM, sum_of_products([(3, 7), (8, 2)])], Limits(300, 150)
+    sft_config, decoding = SFTConfig(batch=2, lr=1e-3, folder=str(tmp_path)), DecodeConfig(temperature=1.0, limits=limits)
+    learned = copy.deepcopy(model)
+    kept, log = self_train(learned, tokenizer, problems, sft_config, decoding, group=3)
+    again = copy.deepcopy(model)
+    assert self_train(again, tokenizer, problems, sft_config, decoding, group=3)[1] == log and torch.equal(adapters(again), adapters(learned))
+    assert not torch.equal(adapters(model), adapters(learned))
+    for other in (model, learned):
+        with pytest.raises(ValueError, match="holds a run with another training set"):
+            self_train(copy.deepcopy(other), tokenizer, problems, sft_config, replace(decoding, seed=1), group=3)
 
 
 def test_latency_reward_by_hand():
@@ -234,7 +424,7 @@ def test_stopped_and_resumed_is_uninterrupted(tmp_path):
     whole, log = run()
     with pytest.raises(KeyboardInterrupt): run(str(tmp_path), steps=3)
     resumed, again = run(str(tmp_path))
-    assert torch.allclose(adapters(whole), adapters(resumed), atol=1e-6)
+    assert torch.equal(adapters(whole), adapters(resumed))
     assert [r["reward"] for r in log] == pytest.approx([r["reward"] for r in again]) and log[0]["grad_norm"] > 0
 
 
@@ -435,32 +625,11 @@ def test_runs_that_begin_alike_share_their_self_training(tmp_path, monkeypatch):
         with pytest.raises(TypeError): train_pgrpo_recipe("tiny-rl-eq7", tmp_path, folder=str(tmp_path / "third"))
 
 
-PROCESS = """
-    import sys
-    sys.path.insert(0, {tests!r})
-    from test_policy import adapters, run, torch
-    torch.set_num_threads(1)
-    model, log = run(sys.argv[1], own=torch.distributed.is_torchelastic_launched(), eval_every=4)
-    torch.save([adapters(model), [r["reward"] for r in log], log[-1]["eval"]], sys.argv[1] + f"/{{torch.distributed.get_rank()}}.pt")
-"""
-
-
 def in_two_processes(script, folder):
     "Run a script in two gloo processes on the CPU; it gets the folder as its argument."
     (folder / "process.py").write_text(textwrap.dedent(script))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(folder / "process.py"), str(folder)]
     subprocess.run(launch, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_same_update(tmp_path):
-    "Two gloo processes on the CPU share rollouts, update and evaluation; the weights are those of one process."
-    in_two_processes(PROCESS.format(tests=str(Path(__file__).parent)), tmp_path)
-    model, log = run(eval_every=4)
-    for rank in (0, 1):
-        weights, rewards, found = torch.load(tmp_path / f"{rank}.pt")
-        assert found == log[-1]["eval"] and found["all"]["problems"] == 3
-        assert torch.allclose(weights, adapters(model), atol=1e-5) and rewards == pytest.approx([r["reward"] for r in log])
 
 
 def test_step_bench_in_two_processes(tmp_path):

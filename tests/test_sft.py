@@ -1,19 +1,15 @@
 """Fine-tuning: packed against unit by unit, each token once, micro-batches, exact resume, several processes, recipes."""
 import json
-import os
 import random
-import subprocess
-import sys
-import textwrap
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from helpers import tiny
 from safetensors.torch import load_file
 
+from threadweaver_ref import sft
 from threadweaver_ref.forkjoin import replay, units
 from threadweaver_ref.model import add_lora, tiny_model
 from threadweaver_ref.sft import (
@@ -36,7 +32,7 @@ from threadweaver_ref.sft import (
 )
 from threadweaver_ref.tasks import BENCH_FAMILIES, held_out, sum_of_products, trace, training_problem
 from threadweaver_ref.tokens import char_tokenizer, encode_prompt
-from threadweaver_ref.tree import collate, tree_logprobs
+from threadweaver_ref.tree import SpanTree, collate, tree_logprobs
 
 TOKENIZER = char_tokenizer()
 RUNNING = sum_of_products([(12, 3), (4, 5)])
@@ -107,7 +103,7 @@ def test_config_is_validated():
     for bad in (dict(steps=0), dict(batch=0), dict(micro_tokens=0), dict(save_every=0), dict(sequential=.8, autoregressive=.3),
                 dict(sequential=-.5, autoregressive=1), dict(join="zip"), dict(fork="sometimes"), dict(lr=-1.), dict(lr=0.), dict(warmup=2),
                 dict(window=0), dict(leaves=0), dict(optimizer="sgd"), dict(attention="sparse"), dict(clip=0.),
-                dict(weight_decay=-1.)):
+                dict(weight_decay=-1.), dict(mixed_precision="fp16", optimizer="muon")):
         with pytest.raises(ValueError): SFTConfig(**bad)
 
 
@@ -145,6 +141,21 @@ def test_processes_share_a_step(n, processes):
     assert len({len(part) for part in parts}) == 1   # each makes as many backward passes
     assert sorted(g[0] for part in parts for g, weight in part if weight) == list(range(n))
     assert all(len(g) == (2 if weight else 1) for part in parts for g, weight in part)   # what only fills up is small
+
+
+def drawing(*values):
+    "An `rng` whose first draws are these."
+    rng, values = random.Random(0), iter(values)
+    real = rng.random
+    rng.random = lambda: next(values, None) or real()
+    return rng
+
+
+@pytest.mark.parametrize("draw, mode", [(.05, "flat"), (.099, "flat"), (.101, "tree"), (.5, "tree"), (.699, "tree"), (.701, "line"), (.99, "line")])
+def test_shares_do_not_overlap(draw, mode):
+    "The first tenth of all draws are shown as one flat line with their control tokens, the last three tenths without forks."
+    tree = example_tree(RUNNING, TOKENIZER, SFTConfig(), drawing(draw))
+    assert (len(tree) > 2, len(tree) == 2 and "<Parallel>" in TOKENIZER.decode(tree.ids[1])) == (mode == "tree", mode == "flat")
 
 
 # ---- training
@@ -190,6 +201,99 @@ def test_muon_moves_every_direction_and_the_rest_is_adamw():
             assert moved[0] < 1.3 and moved[0] > .5
 
 
+def spied(monkeypatch, owner, name):
+    "Every call of a function, as (positional, named) arguments; it is made all the same."
+    calls, real = [], getattr(owner, name)
+    def spy(*args, **named):
+        calls.append((args, named))
+        return real(*args, **named)
+    monkeypatch.setattr(owner, name, spy)
+    return calls
+
+
+def test_settings_of_the_update_arrive(monkeypatch, tmp_path):
+    adamws, muons, cut = spied(monkeypatch, torch.optim, "AdamW"), spied(monkeypatch, sft, "Muon"), spied(monkeypatch, sft, "micro_batches")
+    clipped, seeded = spied(monkeypatch, sft.Accelerator, "clip_grad_norm_"), spied(monkeypatch, sft, "set_seed")
+    made, saved = spied(monkeypatch, sft, "Accelerator"), spied(monkeypatch, sft, "_checkpoint")
+    config = SFTConfig(steps=4, batch=2, micro_tokens=99, lr=.02, warmup=.5, weight_decay=.07, betas=(.7, .8), clip=.3, seed=3, folder=str(tmp_path),
+                       save_every=3, mixed_precision="bf16")
+    log = train_sft(fresh(), TOKENIZER, [RUNNING], config)
+    (args, named), = adamws
+    assert args[1:] == (.02, (.7, .8)) and named["weight_decay"] == .07 and not muons and [c[0][1] for c in cut] == [99] * 4
+    assert [r["lr"] / .02 for r in log] == pytest.approx([.5, 1, .5, 0])
+    assert {c[0][2] for c in clipped} == {.3} and made == [((), {"mixed_precision": "bf16"})] and seeded == [((3,), {})]
+    assert [c[0][2] for c in saved] == [0, 3, 4] and [len(c[0][0]) for c in cut] == [2] * 4
+    train_sft(fresh(), TOKENIZER, [RUNNING], replace(config, optimizer="muon", folder=None, steps=1))
+    (args, named), = muons
+    assert args[1] == .02 and named == {"weight_decay": .07} and len(args[0]) == 14 and len(adamws) == 2
+    assert adamws[1][0][1:] == (.02, (.7, .8)) and adamws[1][1]["weight_decay"] == .07
+
+
+def test_settings_of_the_trees_arrive(monkeypatch):
+    "Fork, join, window, leaves and the two shares; flex attention asks for a GPU elsewhere."
+    traced, grown, thinned = spied(monkeypatch, sft, "trace"), spied(monkeypatch, sft, "replay"), spied(monkeypatch, sft, "thin")
+    example_tree(RUNNING, TOKENIZER, SFTConfig(fork="nested", join="result", leaves=3), drawing(.5))
+    assert traced[0][0][1] == "nested" and traced[0][0][3] is True and grown[0][0][3:] == ("result", "parallel") and thinned[0][0][1] == 3
+    example_tree(RUNNING, TOKENIZER, SFTConfig(join="kv", sequential=.6, autoregressive=.4), drawing(.39))
+    assert traced[1][0][1] is True and traced[1][0][3] is False and grown[1][0][3:] == ("kv", "autoregressive") and len(thinned) == 1
+    example_tree(RUNNING, TOKENIZER, SFTConfig(sequential=.6, autoregressive=.4), drawing(.41))
+    assert traced[2][0][1] is False and grown[2][0][3:] == ("concat", "parallel")
+    with pytest.raises(ValueError, match="the window has 9"): example_tree(RUNNING, TOKENIZER, SFTConfig(window=9), drawing(.5))
+
+
+def test_defaults_are_the_ones_written_down():
+    assert asdict(SFTConfig()) == dict(
+        steps=1000, batch=64, micro_tokens=2048, lr=1e-3, optimizer="adamw", warmup=.05, weight_decay=.01, betas=(.9, .95), clip=1.0, fork=True,
+        sequential=.3, autoregressive=.1, join="concat", window=None, leaves=None, seed=0, folder=None, save_every=200, mixed_precision=None,
+        attention="dense")
+
+
+def test_the_first_steps_are_small(monkeypatch):
+    "Warm-up: what each step moves, and with which learning rate."
+    used, real = [], torch.optim.AdamW.step
+    def step(self, *args): used.append(self.param_groups[0]["lr"]); return real(self, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train_sft(fresh(), TOKENIZER, [RUNNING], SFTConfig(steps=8, batch=1, lr=1., warmup=.5, clip=1e-9))
+    assert used == pytest.approx([0, .25, .5, .75, 1, (1 + .5 ** .5) / 2, .5, (1 - .5 ** .5) / 2])
+
+
+def test_one_step_of_adamw_by_hand():
+    model, hand, lr = fresh(), fresh(), 1e-2
+    config = SFTConfig(steps=1, batch=1, lr=lr, warmup=0, weight_decay=.5, clip=1e9, sequential=0, autoregressive=0)
+    row, = train_sft(model, TOKENIZER, [RUNNING], config)
+    loss = -tree_logprobs(hand, collate([replay(trace(RUNNING), prompt(RUNNING), TOKENIZER).pack()])).mean()
+    loss.backward()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for (name, new), p in zip(model.named_parameters(), hand.parameters()):
+        step = p.grad / (p.grad.abs() + 1e-8)   # the first step: both means, corrected, are the gradient's own
+        assert torch.allclose(new, p * (1 - lr * .5) - lr * step, atol=1e-5), name
+
+
+def test_muon_by_hand():
+    "Two steps: momentum, Nesterov's look ahead, decoupled weight decay. Defaults are the ones used."
+    torch.manual_seed(0)
+    start, gradients = torch.randn(6, 4), torch.randn(2, 6, 4)
+    for options, decay, momentum in (({}, .01, .95), (dict(weight_decay=.3, momentum=.5), .3, .5)):
+        p = torch.nn.Parameter(start.clone())
+        optimizer, hand, mean = sft.Muon([p], .1, **options), start.clone(), torch.zeros(6, 4)
+        for g in gradients:
+            p.grad = g.clone()
+            optimizer.step()
+            mean = momentum * mean + (1 - momentum) * g
+            ahead = momentum * mean + (1 - momentum) * g
+            hand = hand * (1 - .1 * decay) - .1 * .2 * 6 ** .5 * orthogonal(ahead)
+        assert torch.allclose(p, hand, atol=1e-5)
+
+
+def test_what_fills_up_weighs_nothing(monkeypatch):
+    "A process that runs short repeats a batch, with weight 0."
+    plain, filled, config = fresh(), fresh(), SFTConfig(steps=2, batch=3, micro_tokens=1)
+    log = train_sft(plain, TOKENIZER, MIXED, config)
+    monkeypatch.setattr(sft, "share", lambda groups, *_: [(g, 1.0) for g in groups] + [(groups[0][:1], 0.0)])
+    again = train_sft(filled, TOKENIZER, MIXED, config)
+    assert same(plain, filled) and [(r["loss"], r["grad_norm"]) for r in again] == [(r["loss"], r["grad_norm"]) for r in log]
+
+
 def stop_at(n):
     def on_step(step, row):
         if step == n: raise KeyboardInterrupt
@@ -211,18 +315,158 @@ def test_exact_resume(tmp_path, stopped, optimizer):
     assert on_disk == resumed
     assert [(r["step"], r["loss"], r["lr"]) for r in resumed] == [(r["step"], r["loss"], r["lr"]) for r in log]
     assert all(a["seconds"] <= b["seconds"] for a, b in zip(resumed, resumed[1:], strict=False))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "step-000006"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["left.txt", "log.jsonl", "step-000006"]
 
 
 def test_a_finished_run_is_loaded_not_repeated(tmp_path):
     config = replace(SHORT, folder=str(tmp_path))
-    first, again = fresh(), fresh(seed=1)
+    first, again = fresh(), fresh()
     log = train_sft(first, TOKENIZER, MIXED, config)
+    done = flat(first.parameters())
     assert train_sft(again, TOKENIZER, MIXED, config, stop_at(1)) == log and same(first, again)
-    with pytest.raises(ValueError, match="beyond the 3 steps"): train_sft(again, TOKENIZER, MIXED, replace(config, steps=3))
+    assert train_sft(first, TOKENIZER, MIXED, config, stop_at(1)) == log and torch.equal(flat(first.parameters()), done)   # the cell, run again
     for other in (dict(seed=1), dict(lr=.5), dict(fork=False)):
-        with pytest.raises(ValueError, match=f"of a run with another {next(iter(other))}"):
+        with pytest.raises(ValueError, match=f"holds a run with another {next(iter(other))}: choose"):
             train_sft(again, TOKENIZER, MIXED, replace(config, **other))
+    assert torch.equal(flat(again.parameters()), done) and not again.training
+
+
+def refused(folder, match, model, problems=MIXED, **changes):
+    "Another run in a used folder: one line, and neither the model nor the folder is touched."
+    weights, files = flat(model.parameters()), {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=match) as error: train_sft(model, TOKENIZER, problems, replace(SHORT, folder=str(folder), **changes))
+    assert "\n" not in str(error.value) and torch.equal(flat(model.parameters()), weights) and not model.training
+    assert files == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("stopped", [1, 3, None])
+def test_a_used_folder_is_for_the_same_run_only(tmp_path, stopped):
+    first = fresh()
+    try: train_sft(first, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path)), stopped and stop_at(stopped))
+    except KeyboardInterrupt: pass
+    refused(tmp_path, "started from other weights", fresh(seed=1))
+    refused(tmp_path, "started from other weights", fresh(hidden_size=64))
+    refused(tmp_path, "started from other weights", fresh().requires_grad_(False) and add_lora(fresh(), r=2))
+    refused(tmp_path, "another training set", fresh(), MIXED[:3])
+    refused(tmp_path, "another training set", fresh(), [replay(trace(p), prompt(p), TOKENIZER) for p in MIXED])
+    refused(tmp_path, "another training set", fresh(), curriculum)
+    refused(tmp_path, "holds a run of 6 steps, over which its lr falls: ask for 6,", fresh(), steps=12)
+    refused(tmp_path, "holds a run of 6 steps", first, steps=3)
+    with torch.no_grad(): first.model.norm.weight[0] += 1e-3   # neither the start, nor what the run left behind
+    refused(tmp_path, "started from other weights", first)
+
+
+def test_a_sampler_is_known_by_its_name_and_options(tmp_path):
+    from functools import partial
+    config, late = replace(SHORT, steps=1, batch=1, folder=str(tmp_path)), partial(curriculum, steps=10)
+    train_sft(fresh(), TOKENIZER, late, config)
+    refused(tmp_path, "another training set", fresh(), partial(curriculum, steps=20), steps=1, batch=1)
+    assert len(train_sft(fresh(), TOKENIZER, partial(curriculum, steps=10), config)) == 1
+    assert sft._describe(partial(curriculum, curriculum, steps=SHORT)) == f"curriculum(curriculum, steps={SHORT})"
+    assert " at 0x" not in sft._describe(partial(curriculum, object()))
+
+
+def interrupt(monkeypatch, call):
+    "The stop button: KeyboardInterrupt in the scoring of the `call`-th micro-batch."
+    scored, calls = sft.tree_logprobs, []
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == call: raise KeyboardInterrupt
+        return scored(*args)
+    monkeypatch.setattr(sft, "tree_logprobs", stopping)
+
+
+@pytest.mark.parametrize("step", [2, 4])   # before the first checkpoint, and behind it
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_within_a_step_and_run_again(tmp_path, monkeypatch, step, optimizer):
+    "The same model object in the same process and folder: the very weights of a run that was not stopped."
+    through, model, short = fresh(), fresh(), replace(SHORT, micro_tokens=1, optimizer=optimizer)   # four micro-batches a step
+    log = train_sft(through, TOKENIZER, MIXED, short)
+    interrupt(monkeypatch, 4 * (step - 1) + 3)
+    config = replace(short, folder=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt): train_sft(model, TOKENIZER, MIXED, config)
+    assert not model.training and any(p.grad is not None for p in model.parameters())   # half of a step
+    again = train_sft(model, TOKENIZER, MIXED, config)
+    assert same(through, model) and [r["grad_norm"] for r in again] == [r["grad_norm"] for r in log]
+
+
+def test_a_gradient_from_before_is_not_used():
+    one, two, config = fresh(), fresh(), replace(SHORT, steps=1)
+    sum(p.sum() for p in two.parameters()).backward()
+    assert [r["grad_norm"] for r in train_sft(one, TOKENIZER, MIXED, config)] == [r["grad_norm"] for r in train_sft(two, TOKENIZER, MIXED, config)]
+    assert same(one, two)
+
+
+def test_a_stop_leaves_a_plain_model(monkeypatch):
+    "Not autocast, in eval mode."
+    model, ids = fresh(), torch.tensor([prompt(RUNNING)])
+    with torch.no_grad(): before = model(ids).logits
+    interrupt(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt): train_sft(model, TOKENIZER, MIXED, replace(SHORT, mixed_precision="bf16"))
+    with torch.no_grad(): assert torch.equal(model(ids).logits, before) and not model.training
+
+
+def test_its_own_attention_comes_back(monkeypatch):
+    "Of a model with eager attention that was trained with blocks, or was to be."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sft, "parse_flag_from_env", lambda name: False)
+    model, trained_with = fresh(), []
+    model.set_attn_implementation("eager")
+    def stop(seed): trained_with.append(model.config._attn_implementation); raise KeyboardInterrupt
+    monkeypatch.setattr(sft, "set_seed", stop)   # as early as can be
+    with pytest.raises(KeyboardInterrupt): train_sft(model, TOKENIZER, MIXED, SFTConfig(steps=1, attention="flex", mixed_precision="no"))
+    assert trained_with == ["flex_attention"] and model.config._attn_implementation == "eager"
+
+
+def test_after_a_loss_that_is_no_number_a_lower_lr_trains(monkeypatch):
+    scored, calls = sft.tree_logprobs, []
+    def once(*args):
+        calls.append(1)
+        return scored(*args) * (float("nan") if len(calls) == 1 else 1)
+    monkeypatch.setattr(sft, "tree_logprobs", once)
+    model, healthy, lower = fresh(), fresh(), replace(SHORT, lr=1e-4)
+    with pytest.raises(FloatingPointError, match="try a lower lr"): train_sft(model, TOKENIZER, MIXED, SHORT)
+    log = train_sft(model, TOKENIZER, MIXED, lower)
+    assert log[-1]["grad_norm"] > 0 and log[0]["loss"] == train_sft(healthy, TOKENIZER, MIXED, lower)[0]["loss"] and same(model, healthy)
+
+
+def forced_tree():
+    tree = SpanTree()
+    tree.add([6], [tree.add([5, 5])])
+    return tree
+
+
+def test_nothing_to_learn(tmp_path):
+    with pytest.raises(ValueError, match="there is nothing to learn"): train_sft(fresh(), TOKENIZER, [forced_tree()] * 2, SHORT)
+    trees = [forced_tree(), replay(trace(RUNNING), prompt(RUNNING), TOKENIZER)]   # some have something
+    assert train_sft(fresh(), TOKENIZER, trees, replace(SHORT, steps=1, batch=2))[0]["loss"] > 0
+
+
+def test_a_torn_line_of_the_log(tmp_path):
+    "It ends in `}`, and stands in the middle."
+    config = replace(SHORT, folder=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt): train_sft(fresh(), TOKENIZER, MIXED, config, stop_at(5))
+    first, second, *rest = (tmp_path / "log.jsonl").read_text().splitlines()
+    (tmp_path / "log.jsonl").write_text("\n".join([first, '{"step": 9, "eval": {"all": {"right": 1.0}', second, *rest]) + "\n")
+    log = train_sft(fresh(), TOKENIZER, MIXED, config)
+    assert [r["step"] for r in log] == list(range(1, 7)) == [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
+
+
+def test_the_newest_of_many_checkpoints(tmp_path):
+    "By number: a million comes after 999,999."
+    for name in ("step-999998", "step-1000000", "step-999999", "step-old", "step-000002"): (tmp_path / name).mkdir()
+    assert [p.name for p in sft._checkpoints(tmp_path)] == ["step-000002", "step-999998", "step-999999", "step-1000000"]
+
+
+def test_precision_of_a_gpu_without_bf16(monkeypatch):
+    "A T4 only emulates it."
+    asked = []
+    def supported(including_emulation=True): asked.append(including_emulation); return including_emulation
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert sft._precision(SFTConfig(), True) == sft._precision(SFTConfig(), False) == "no" and asked == [False]
+    assert sft._precision(SFTConfig(mixed_precision="bf16"), True) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert sft._precision(SFTConfig(), True) == "bf16"
 
 
 def test_checkpoints_hold_no_schedule_of_their_own(tmp_path):
@@ -246,6 +490,7 @@ def test_lora_trains_and_resumes(tmp_path):
 def test_ready_trees_are_taken_as_they_are():
     trees = [replay(trace(p), prompt(p), TOKENIZER) for p in MIXED]
     assert example_tree(trees[0], TOKENIZER, SFTConfig(), random.Random(0)) is trees[0]
+    assert [t.scored() for t in trees] == trees   # nothing is lost
     one, two, config = fresh(), fresh(), SFTConfig(steps=2, batch=4, sequential=0, autoregressive=0)
     assert [r["loss"] for r in train_sft(one, TOKENIZER, trees, config)] == [r["loss"] for r in train_sft(two, TOKENIZER, MIXED, config)]
 
@@ -265,7 +510,7 @@ def test_a_loss_that_is_no_number_changes_nothing(tmp_path):
     with torch.no_grad(): model.model.norm.weight[0] = float("nan")
     before = flat(model.parameters())
     with pytest.raises(FloatingPointError, match="loss nan"): train_sft(model, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path)))
-    assert torch.equal(flat(model.parameters()).nan_to_num(), before.nan_to_num()) and not list(tmp_path.glob("step-*"))
+    assert torch.equal(flat(model.parameters()).nan_to_num(), before.nan_to_num()) and [p.name for p in tmp_path.glob("step-*")] == ["step-000000"]
 
 
 def test_mixed_precision_comes_off_again():
@@ -286,12 +531,13 @@ def test_curriculum_keeps_to_training_problems():
     assert {p.family for p in drawn} == set(BENCH_FAMILIES) and not held_out() & {p.question for p in drawn}
 
 
-def test_recipes(tmp_path):
+def test_recipes(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown recipe 'nope': choose one of tiny-base, tiny-sft"): train_recipe("nope")
     model, _, log = train_recipe("tiny-base", runs=tmp_path, steps=1, batch=2)
     assert len(log) == 1 and (tmp_path / "tiny-base" / "step-000001").is_dir()
-    (tmp_path / "tiny-base" / "start.txt").write_text("of other weights")
+    monkeypatch.setitem(RECIPES, "tiny-base", replace(RECIPES["tiny-base"], start="small"))
     with pytest.raises(ValueError, match="started from other weights"): train_recipe("tiny-base", runs=tmp_path, steps=1, batch=2)
+    monkeypatch.undo()
     model, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)   # its earlier stages come first
     assert log == []   # it is the mean of three of them
     last = [load_file(tmp_path / f"tiny-sft-{n}" / "step-000001" / "model.safetensors") for n in ("sixth", "seventh", "eighth")]
@@ -348,36 +594,3 @@ def test_what_does_not_fit_is_forked_or_refused():
     assert len(example_tree(problem, TOKENIZER, config, random.Random(0))) > 20
     with pytest.raises(ValueError, match="positions, the window has 200"):
         example_tree(problem, TOKENIZER, replace(config, window=200), random.Random(0))
-
-
-# ---- several processes
-
-PROCESS = """
-    import sys, torch
-    sys.path.insert(0, {tests!r})
-    from test_sft import MIXED, SHORT, TOKENIZER, fresh, replace, train_sft
-    torch.set_num_threads(1)
-    model = fresh()
-    if len(sys.argv) > 2:
-        def stop(step, row):
-            if step == 3: raise SystemExit(0)
-        train_sft(model, TOKENIZER, MIXED, replace(SHORT, folder=sys.argv[1]), stop)
-    log = train_sft(model, TOKENIZER, MIXED, replace(SHORT, folder=sys.argv[1]))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_same_update(tmp_path):
-    "Two gloo processes on the CPU, stopped and resumed once, against one that went through."
-    script = tmp_path / "process.py"
-    script.write_text(textwrap.dedent(PROCESS.format(tests=str(Path(__file__).parent))))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(script), str(tmp_path / "run")]
-    for extra in (["stop"], []): subprocess.run(launch + extra, check=True, timeout=300, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-    assert len(list((tmp_path / "run").glob("step-*/random_states_*"))) == 2   # there were two
-    one = fresh()
-    log = train_sft(one, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path / "alone")))
-    two = fresh(seed=1)
-    its_log = train_sft(two, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path / "run")))   # finished: only loaded
-    assert [r["loss"] for r in its_log] == pytest.approx([r["loss"] for r in log], rel=1e-4)
-    assert [r["sampled"] for r in its_log] == [r["sampled"] for r in log]
-    assert torch.allclose(flat(one.parameters()), flat(two.parameters()), atol=1e-4)

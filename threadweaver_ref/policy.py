@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 
 from .bench import share_of_oracle
 from .decode import DecodeConfig, default_seeds, generate
-from .forkjoin import MODES, Limits
+from .forkjoin import MODES, ForkJoin, Limits
 from .model import add_lora, load_policy, merge_lora
 from .seconds import cpu_seconds
-from .sft import SFTConfig, _check_training, _same_start, _train, _update, micro_batches, step_problems, train_sft
+from .sft import SFTConfig, _check_training, _describe, _digest, _train, _update, micro_batches, step_problems, train_sft
 from .tasks import BENCH_FAMILIES, bench, grade, oracle, training_problem
 from .tokens import Fork
 
@@ -119,13 +119,6 @@ def decoding_copy(model):
     mergeable = isinstance(model, PeftModel) and all(p.dtype == torch.float32 for p in model.parameters())
     return merge_lora(copy.deepcopy(model)) if mergeable else model
 
-def _describe(f):
-    "A reward's name, with its options if it is a `functools.partial`, and its owner if it is a method."
-    owner = f" of {f.__self__}" if hasattr(f, "__self__") else ""
-    if not isinstance(f, functools.partial): return getattr(f, "__qualname__", type(f).__name__) + owner
-    options = [*map(str, f.args), *(f"{k}={_describe(v) if callable(v) else v}" for k, v in sorted(f.keywords.items()))]
-    return f"{_describe(f.func)}({', '.join(options)})"
-
 def score_group(reward, rollouts, problem) -> list:
     """Rewards of one problem's rollouts, by a function of (rollout, problem) or, if it is marked by `of_group`, of (rollouts, problem).
 
@@ -194,7 +187,8 @@ def _advantage_loss(advantage):
 def _learn(model, optimizers, accelerator, rollouts, advantages, config, banned=()):
     "One gradient step from rollouts and their advantages: (loss, norm of the gradient, sampled tokens)."
     count = sum(len(r.logprobs) for r in rollouts)
-    packed = [(r.tree.pack(), a) for r, a in zip(rollouts, advantages.flatten().tolist(), strict=True) if abs(a) > 1e-9 and len(r.logprobs)]
+    used = [(r, a) for r, a in zip(rollouts, advantages.flatten().tolist(), strict=True) if abs(a) > 1e-9 and len(r.logprobs)]
+    packed = [(r.tree.scored().pack(), a) for r, a in used]
     if not packed: return 0.0, 0.0, count
     groups = micro_batches([p for p, _ in packed], config.micro_tokens)
     loss_of = _advantage_loss({id(p): a for p, a in packed})
@@ -232,6 +226,10 @@ def _agree(rewards):
     if not all(math.isfinite(r) for group in rewards for r in group): raise ValueError(f"a reward is no finite number: {rewards}")
     return rewards
 
+def _banned(tokenizer, config):
+    "What decoding may not write in this mode: it has no share in the probabilities of what was written."
+    return list(ForkJoin([0], tokenizer, config.join, mode=config.mode).trunk.banned_ids)
+
 def _one_step(step, wrapped, optimizers, accelerator, tokenizer, problems, config, reward):
     "Rollouts, rewards, advantages, gradient: a row of the log."
     chosen, began = step_problems(problems, step, config, random.Random(f"{config.seed} prompts {step}")), time.perf_counter()
@@ -240,8 +238,7 @@ def _one_step(step, wrapped, optimizers, accelerator, tokenizer, problems, confi
     groups = [rollouts[i:i + config.group] for i in range(0, len(rollouts), config.group)]
     rewards = torch.tensor(_agree([score_group(reward, g, p) for g, p in zip(groups, chosen)]), dtype=torch.float64)
     advantages, decoded = group_advantages(rewards, config.normalize), time.perf_counter()
-    banned = [tokenizer.convert_tokens_to_ids("<Parallel>")] if config.mode == "sequential" else []
-    loss, norm, count = _learn(wrapped, optimizers, accelerator, rollouts, advantages, config, banned)
+    loss, norm, count = _learn(wrapped, optimizers, accelerator, rollouts, advantages, config, _banned(tokenizer, config))
     return {"loss": loss, "grad_norm": norm, "sampled": count, **_row(rollouts, chosen, rewards, advantages, config),
             "rollout_seconds": decoded - began, "update_seconds": time.perf_counter() - decoded}
 
@@ -255,7 +252,9 @@ def train_pgrpo(
     eval_problems=(),   # decoded greedily every `eval_every` steps
     on_step=None,       # called with (step, row of the log)
 ) -> list:
-    "Train in place with P-GRPO (TW algorithm 1); returns the log, a list of rows. Resumes from `config.folder`. Raises `ValueError` for no problems."
+    """Train in place with P-GRPO (TW algorithm 1); returns the log, a list of rows. Resumes from `config.folder`.
+
+    Raises `ValueError` for no problems, and for a folder that holds another run; `FloatingPointError` when the loss is no number any more."""
     if not callable(problems): step_problems(problems, 0, config, None)   # refuse an empty list before anything is written
     write = _tensorboard(config)
 
@@ -271,7 +270,7 @@ def train_pgrpo(
         write(step, row)
         if on_step: on_step(step, row)
 
-    return _train(model, config, one_step, report, "P-GRPO", {"reward": _describe(reward)})
+    return _train(model, config, problems, one_step, report, "P-GRPO", {"reward": _describe(reward)})
 
 # %% ../nbs/09_policy.ipynb #7e9dedbd
 def decisions(rng, step):
@@ -399,10 +398,10 @@ def validation(n=12) -> list:
     rng = random.Random("validation")
     return [training_problem(rng, [f]) for f in BENCH_FAMILIES for _ in range(n)]
 
-def _self_trained(recipe, config):
-    "Where the adapter lies after the self-training: runs in one folder that begin alike share it."
+def _name_of(model, recipe, config, *more):
+    "A name for what comes of a start, by all that decides it."
     about = [recipe.start, recipe.rank, recipe.self_training, recipe.rounds, _describe(recipe.problems), config.join, config.seed, config.limits]
-    return Path(config.folder).parent / f"self-training-{config.mode}-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}"
+    return f"{config.mode}-{hashlib.sha256(repr([*about, _digest(model), *more]).encode()).hexdigest()[:8]}"
 
 def _round(model, tokenizer, recipe, config, n, key, folder, **selection):
     "A round of self-training on `n` problems, drawn by a key."
@@ -416,17 +415,29 @@ def _selecting(model, tokenizer, recipe, config):
         folder = config.folder and Path(config.folder) / f"selection-{k + 1}"
         _round(model, tokenizer, recipe, config, recipe.selection, f"selection {k}", folder, group=config.group, reward=recipe.reward)
 
-def _self_training(model, tokenizer, recipe, config):
-    "The self-training of a recipe, or its outcome where it was done for another run."
-    if not recipe.self_training: return
-    folder = config.folder and _self_trained(recipe, config)
+def _once(model, folder, teach):
+    "Teach an adapter, or load what it learned where that was done before: `folder`, if any, holds it."
     if folder and (folder / "adapter").is_dir():
         set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
         return
-    for k in range(recipe.rounds): _round(model, tokenizer, recipe, config, recipe.self_training, k, folder and folder / f"round-{k + 1}")
+    teach()
     if not folder or not PartialState().is_main_process: return
     model.save_pretrained(folder / "adapter.part")
     (folder / "adapter.part").rename(folder / "adapter")
+
+def _self_training(model, tokenizer, recipe, config):
+    "The rounds of self-training, or their outcome: runs in one folder that begin alike share it."
+    folder = config.folder and Path(config.folder).parent / f"self-training-{_name_of(model, recipe, config)}"
+    def rounds():
+        for k in range(recipe.rounds): _round(model, tokenizer, recipe, config, recipe.self_training, k, folder and folder / f"round-{k + 1}")
+    if recipe.self_training: _once(model, folder, rounds)
+
+def _taught(model, tokenizer, recipe, config):
+    "All that comes before P-GRPO, or its outcome where a stopped run had got that far."
+    config = replace(config, mode=recipe.taught or config.mode)
+    def both(): _self_training(model, tokenizer, recipe, config); _selecting(model, tokenizer, recipe, config)
+    name = _name_of(model, recipe, config, recipe.selection, recipe.selections, config.group, _describe(recipe.reward))
+    _once(model, config.folder and Path(config.folder) / f"taught-{name}", both)
 
 def train_pgrpo_recipe(
     name: str,     # in `PGRPO_RECIPES`
@@ -440,13 +451,9 @@ def train_pgrpo_recipe(
     config = replace(recipe.config, **{"folder": str(Path(runs) / name), **changes})
     model, tokenizer = load_policy(recipe.start, device="cpu")
     torch.manual_seed(config.seed)
-    if config.folder: _same_start(model, config.folder)
     model = add_lora(model, recipe.rank, 2 * recipe.rank)
     model.peft_config["default"].base_model_name_or_path = recipe.start
-    if not (config.folder and any(Path(config.folder).glob("step-*"))):   # a checkpoint holds what they did
-        taught = replace(config, mode=recipe.taught or config.mode)
-        _self_training(model, tokenizer, recipe, taught)
-        _selecting(model, tokenizer, recipe, taught)
+    _taught(model, tokenizer, recipe, config)
     log = train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, validation() if config.eval_every else (), on_step)
     return model, tokenizer, log
 

@@ -9,22 +9,23 @@ __all__ = ['RECIPES', 'packing_counts', 'packing_ratio', 'SFTConfig', 'example_t
            'Recipe', 'get_recipe', 'mean_weights', 'train_recipe']
 
 # %% ../nbs/07_sft.ipynb #da20c284
+import functools
 import hashlib
 import json
 import math
-import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import extract_model_from_parallel, parse_flag_from_env, set_seed
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -57,6 +58,8 @@ def _check_training(config, *sizes):
     if config.weight_decay < 0: raise ValueError(f"weight_decay={config.weight_decay}: must not be below 0")
     if not 0 <= config.warmup <= 1: raise ValueError(f"warmup={config.warmup}: must lie between 0 and 1")
     if config.optimizer not in ("adamw", "muon"): raise ValueError(f"unknown optimizer {config.optimizer!r}: choose adamw or muon")
+    if config.mixed_precision == "fp16" and config.optimizer == "muon":   # accelerate would scale back twice: muon comes with a second optimiser
+        raise ValueError("mixed_precision='fp16' trains with adamw alone: choose it, or bf16, or no")
     get_join(config.join)
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class SFTConfig:
     seed: int = 0
     folder: str | None = None        # checkpoints and the log go here
     save_every: int = 200            # steps
-    mixed_precision: str | None = None  # None: bf16 on CUDA, otherwise full
+    mixed_precision: str | None = None  # None: bf16 on a GPU that has it, otherwise full ("no")
     attention: str = "dense"         # the whole mask, or "flex": FlexAttention by blocks (CUDA only: it has no backward on a CPU)
 
     def __post_init__(self):
@@ -142,8 +145,8 @@ def micro_batches(packed, limit):
 def step_batches(problems, step, tokenizer, config):
     "All packed trees of one step: a function of the seed and the step alone, which is what makes resuming exact."
     rng = random.Random(f"{config.seed} step {step}")
-    chosen = step_problems(problems, step, config, rng)
-    return micro_batches([example_tree(p, tokenizer, config, rng).pack() for p in chosen], config.micro_tokens)
+    trees = [example_tree(p, tokenizer, config, rng).scored() for p in step_problems(problems, step, config, rng)]
+    return micro_batches([t.pack() for t in trees if len(t)], config.micro_tokens)
 
 # %% ../nbs/07_sft.ipynb #741d7821
 def share(groups, process=0, processes=1) -> list:
@@ -160,8 +163,12 @@ def _collate(group, model, device):
     return (collate_blocks if flex else collate)(group, device)
 
 def _update(model, optimizers, groups, accelerator, clip, loss_of=_likelihood, count=None, banned=()):
-    "One optimiser step. The loss is normalised once, over all sampled tokens of all processes (eq. 4), or over `count`."
+    """One optimiser step. The loss is normalised once, over all sampled tokens of all processes (eq. 4), or over `count`.
+
+    Raises `ValueError` where nothing is sampled, and `FloatingPointError` for a loss that is no number; neither changes a weight."""
     count = count or sum(int(p.sampled.sum()) for g in groups for p in g)
+    if not count: raise ValueError("there is nothing to learn: no token of this step's trees is sampled")
+    model.zero_grad()   # of a step that was stopped half-way
     total = torch.zeros((), device=accelerator.device)
     mine = share(groups, accelerator.process_index, accelerator.num_processes)
     for left, (group, weight) in zip(reversed(range(len(mine))), mine):
@@ -209,42 +216,84 @@ def matrices(model) -> list:
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and not any(p is w for w in outer)]
 
 # %% ../nbs/07_sft.ipynb #6e24bd78
-def _checkpoint(accelerator, folder, step, settings, schedules):
-    "Save everything at `step`, then forget the older checkpoints."
+def _describe(f):
+    "A function's name, with its options if it is a `functools.partial`, and its owner if it is a method."
+    if not callable(f): return re.sub(" at 0x[0-9a-f]+", "", str(f))   # an address says nothing
+    owner = f" of {_describe(str(f.__self__))}" if hasattr(f, "__self__") else ""
+    if not isinstance(f, functools.partial): return getattr(f, "__qualname__", type(f).__name__) + owner
+    options = [*map(_describe, f.args), *(f"{k}={_describe(v)}" for k, v in sorted(f.keywords.items()))]
+    return f"{_describe(f.func)}({', '.join(options)})"
+
+def _about(problems):
+    "What a run is trained on: the description of a sampler, or the number of problems in a list, and a digest of them."
+    if callable(problems): return _describe(problems)
+    plain = [(p.ids, p.parents, p.sampled) if isinstance(p, SpanTree) else _describe(repr(p)) for p in problems]
+    return f"{len(plain)} problems {hashlib.sha256(repr(plain).encode()).hexdigest()[:16]}"
+
+def _digest(model):
+    "A digest of the weights, and of which of them are trained."
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)} {p.requires_grad}".encode())
+        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def _checkpoints(folder):
+    "The folder's checkpoints, the newest last."
+    return sorted((f for f in folder.glob("step-*") if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+
+def _checkpoint(accelerator, folder, step, run, schedules):
+    "Save everything at `step`, and what `run` it belongs to; then forget the older checkpoints."
     part = folder / "part"
     if accelerator.is_main_process: shutil.rmtree(part, ignore_errors=True)   # of an interrupted save
     accelerator.wait_for_everyone()
     accelerator.save_state(str(part), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (part / "step.json").write_text(json.dumps({"step": step, "settings": settings, "schedules": [s.state_dict() for s in schedules]}))
+        (part / "step.json").write_text(json.dumps({"step": step, **run, "schedules": [s.state_dict() for s in schedules]}))
         part.rename(folder / f"step-{step:06}")
-        for old in sorted(folder.glob("step-*"))[:-1]: shutil.rmtree(old)
+        for old in _checkpoints(folder)[:-1]: shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 def _settings(config):
     "What must be the same for a run to go on: all that decides what it learns, as plain data."
-    free = ("folder", "save_every", "steps", "eval_every", "tensorboard")
+    free = ("folder", "save_every", "eval_every", "tensorboard")
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}))
 
-def _resume(accelerator, folder, steps, settings, schedules):
-    "The step to go on from: 0, or that of the newest checkpoint, which is loaded. Raises `ValueError` if it is of another run."
-    found = sorted(folder.glob("step-*")) if folder else []
-    if not found: return 0
-    saved = json.loads((found[-1] / "step.json").read_text())
-    step, other = saved["step"], [k for k, v in settings.items() if saved["settings"].get(k) != v]
-    if other: raise ValueError(f"{found[-1]} is of a run with another {other[0]}: choose another folder, or remove it")
-    if step > steps: raise ValueError(f"{found[-1]} is beyond the {steps} steps asked for: choose another folder, or more steps")
-    accelerator.load_state(str(found[-1]))
+def _found(folder, settings, digest):
+    "The folder's newest checkpoint, or None, and what run it is of. Raises `ValueError` if that is another one."
+    checkpoints, again = _checkpoints(folder), "choose another folder, or remove it"
+    if not checkpoints: return None, {"settings": settings, "start": digest}
+    run = json.loads((checkpoints[-1] / "step.json").read_text())
+    other = [k for k, v in settings.items() if k != "steps" and run["settings"].get(k) != v]
+    if other: raise ValueError(f"{folder} holds a run with another {' and another '.join(other)}: {again}")
+    steps, left = run["settings"]["steps"], folder / "left.txt"
+    if steps != settings["steps"]: raise ValueError(f"{folder} holds a run of {steps} steps, over which its lr falls: ask for {steps}, {again}")
+    if digest not in (run["start"], left.read_text() if left.is_file() else None):
+        raise ValueError(f"{folder} holds a run that started from other weights: load those, {again}")
+    return checkpoints[-1], {k: run[k] for k in ("settings", "start")}
+
+def _resume(accelerator, folder, newest, run, schedules):
+    "The step to go on from: that of the newest checkpoint, which is loaded; where there is none, the start becomes one."
+    folder.mkdir(parents=True, exist_ok=True)
+    if not newest: _checkpoint(accelerator, folder, 0, run, schedules)
+    if not newest: return 0
+    saved = json.loads((newest / "step.json").read_text())
+    accelerator.load_state(str(newest))
     for s, state in zip(schedules, saved["schedules"], strict=True): s.load_state_dict(state)
-    return step
+    return saved["step"]
 
 # %% ../nbs/07_sft.ipynb #00f24d77
+def _read_rows(path):
+    "The rows of a log. A line that was torn, by a full disk or a lost process, is left out."
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try: yield json.loads(line)
+        except ValueError: pass
+
 def _old_log(folder, step):
     "The rows of the log up to `step`; those after it, which will be made again, are cut off."
     path = folder / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = {row["step"]: row for row in (json.loads(line) for line in lines if line.endswith("}")) if row["step"] <= step}
+    rows = {row["step"]: row for row in _read_rows(path) if row["step"] <= step}
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
     part.replace(path)
@@ -254,32 +303,43 @@ def _log(folder, row):
     with open(folder / "log.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
 
 # %% ../nbs/07_sft.ipynb #1a65472f
-def _prepare(model, config):
-    "Accelerator, optimiser and schedule; the model on its device and, for several processes, wrapped."
-    AcceleratorState._reset_state()   # a second run in this process may have another precision
-    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    if config.attention == "flex" and not cuda: raise ValueError("attention='flex' needs a CUDA device: choose dense")
-    if config.attention == "flex": model.set_attn_implementation("flex_attention")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision or ("bf16" if cuda else "no"))
-    set_seed(config.seed)
+def _precision(config, cuda):
+    "The mixed precision to train in. A GPU that only emulates bf16 (a T4) trains in full: fp16 would need a scaled loss, and skip steps."
+    return config.mixed_precision or ("bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no")
+
+def _optimizers(model, config, cuda):
+    "AdamW, for what it is to train, and Muon for the rest."
     inner = matrices(model) if config.optimizer == "muon" else []
     rest = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in inner)]
-    optimizers = [torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=cuda)] if rest else []
-    if inner: optimizers.append(Muon(inner, config.lr, weight_decay=config.weight_decay))
-    schedules = [get_cosine_schedule_with_warmup(o, int(config.warmup * config.steps), config.steps) for o in optimizers]
-    wrapped, *optimizers = accelerator.prepare(model.train(), *optimizers)
-    return accelerator, wrapped, optimizers, schedules
+    adamw = [torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=cuda)] if rest else []
+    return adamw + ([Muon(inner, config.lr, weight_decay=config.weight_decay)] if inner else [])
+
+@contextmanager
+def _prepared(model, config):
+    """Accelerator, the model on its device and, for several processes, wrapped; optimisers and schedules.
+
+    However it is left, by an error or a stop button too, the model is as it was: not autocast, with its own attention; in eval mode."""
+    AcceleratorState._reset_state()   # a second run in this process may have another precision
+    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    flex, attention = config.attention == "flex", model.config._attn_implementation
+    if flex and not cuda: raise ValueError("attention='flex' needs a CUDA device: choose dense")
+    try:
+        if flex: model.set_attn_implementation("flex_attention")
+        accelerator = Accelerator(mixed_precision=_precision(config, cuda))
+        set_seed(config.seed)
+        optimizers = _optimizers(model, config, cuda)
+        schedules = [get_cosine_schedule_with_warmup(o, int(config.warmup * config.steps), config.steps) for o in optimizers]
+        wrapped, *optimizers = accelerator.prepare(model.train(), *optimizers)
+        yield accelerator, wrapped, optimizers, schedules
+    finally:
+        extract_model_from_parallel(model, keep_fp32_wrapper=False).eval()
+        if flex: model.set_attn_implementation(attention)
 
 # %% ../nbs/07_sft.ipynb #c08aa9b0
-def _train(model, config, one_step, on_step, name, also=()):
-    """The loop: steps with a log, checkpoints and exact resume. `one_step(step, model, optimizers, accelerator)` gives a row of the log.
-
-    `also`: what else, as pairs of plain data, must be the same for a run to go on."""
-    accelerator, wrapped, optimizers, schedules = _prepare(model, config)
-    main, folder = accelerator.is_main_process, Path(config.folder) if config.folder else None
-    if folder: folder.mkdir(parents=True, exist_ok=True)
-    settings = {**_settings(config), **dict(also)}
-    start = _resume(accelerator, folder, config.steps, settings, schedules)
+def _loop(config, folder, run, start, prepared, one_step, on_step, name):
+    "The steps from `start` on, with a log and checkpoints. Returns the log."
+    accelerator, wrapped, optimizers, schedules = prepared
+    main = accelerator.is_main_process
     log = _old_log(folder, start) if folder and main else []
     began = time.perf_counter() - (log[-1]["seconds"] if log else 0)
     bar = dict(initial=start, total=config.steps, desc=name, mininterval=1, **({} if main else {"disable": True}))
@@ -290,10 +350,24 @@ def _train(model, config, one_step, on_step, name, also=()):
         if folder and main: _log(folder, log[-1])
         if on_step: on_step(step + 1, log[-1])
         due = (step + 1) % config.save_every == 0 or step + 1 == config.steps
-        if folder and due: _checkpoint(accelerator, folder, step + 1, settings, schedules)
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()   # off with mixed precision
-    if config.attention == "flex": model.set_attn_implementation("sdpa")
+        if folder and due: _checkpoint(accelerator, folder, step + 1, run, schedules)
     return log
+
+def _train(model, config, problems, one_step, on_step, name, also=()):
+    """The loop with exact resume. `one_step(step, model, optimizers, accelerator)` gives a row of the log.
+
+    `also`: what else, as pairs of plain data, must be the same for a run to go on. Raises `ValueError` for a folder with another run."""
+    folder = Path(config.folder) if config.folder else None
+    settings = {"training set": _about(problems), **_settings(config), **dict(also)}
+    with _prepared(model, config) as prepared:
+        if not folder: return _loop(config, None, None, 0, prepared, one_step, on_step, name)
+        accelerator, *_, schedules = prepared
+        newest, run = _found(folder, settings, _digest(model))
+        try:
+            start = _resume(accelerator, folder, newest, run, schedules)
+            return _loop(config, folder, run, start, prepared, one_step, on_step, name)
+        finally:
+            if accelerator.is_main_process: (folder / "left.txt").write_text(_digest(model))
 
 # %% ../nbs/07_sft.ipynb #6c72f2c4
 def train_sft(
@@ -305,7 +379,8 @@ def train_sft(
 ):
     """Train in place on the packed trees of the problems' traces; returns the log, a list of rows. Resumes from `config.folder`.
 
-    Raises `ValueError` for an empty list of problems and `FloatingPointError` when the loss is no number any more."""
+    Raises `ValueError` for no problems, for nothing to learn in them, and for a folder that holds another run (other settings, problems or
+    start weights); `FloatingPointError` when the loss is no number any more."""
     if not callable(problems): step_problems(problems, 0, config, None)   # refuse an empty list before anything is written
 
     def one_step(step, wrapped, optimizers, accelerator):
@@ -313,7 +388,7 @@ def train_sft(
         loss, norm, count = _update(wrapped, optimizers, groups, accelerator, config.clip)
         return {"loss": loss, "grad_norm": norm, "sampled": count, "tokens": sum(len(p) for g in groups for p in g)}
 
-    return _train(model, config, one_step, on_step, "fine-tuning")
+    return _train(model, config, problems, one_step, on_step, "fine-tuning")
 
 # %% ../nbs/07_sft.ipynb #93122cca
 def _small(rng, name):
@@ -462,21 +537,14 @@ RECIPES = {
 }
 
 # %% ../nbs/07_sft.ipynb #b13b2707
-def _same_start(model, folder):
-    "Note what a run starts from. Raises `ValueError` if the folder holds a run that started from other weights."
-    digest, path = hashlib.sha256(), Path(folder) / "start.txt"
-    for p in model.parameters(): digest.update(p.detach().cpu().numpy().tobytes())
-    if path.is_file() and path.read_text() != digest.hexdigest():
-        raise ValueError(f"{folder} holds a run that started from other weights: remove it, or choose another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")   # several processes may come here at once, and none may read half a file
-    part.write_text(digest.hexdigest())
-    part.replace(path)
-
 def get_recipe(name: str) -> Recipe:
     "The recipe of that name. Raises `ValueError` that names the known ones."
     if name not in RECIPES: raise ValueError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")
     return RECIPES[name]
+
+def _later(problems, steps, rng, step):
+    "A sampler that is so many steps further than another."
+    return problems(rng, step + steps)
 
 def mean_weights(models):
     "The first model, holding the plain mean of the weights of all (Wortsman et al. 2022, a uniform soup). They must be alike."
@@ -502,6 +570,4 @@ def train_recipe(
         models, tokenizers, _ = zip(*[train_recipe(r, runs, **{k: v for k, v in changes.items() if k != "folder"}) for r in before])
         model, tokenizer = mean_weights(models), tokenizers[0]
     if not recipe.config: return model, tokenizer, []
-    if config.folder: _same_start(model, config.folder)
-    log = train_sft(model, tokenizer, lambda rng, step: recipe.problems(rng, step + recipe.hard_from), config)
-    return model, tokenizer, log
+    return model, tokenizer, train_sft(model, tokenizer, functools.partial(_later, recipe.problems, recipe.hard_from), config)
