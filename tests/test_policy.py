@@ -21,13 +21,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from threadweaver_ref import cli, policy, sft
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import ForkJoin, Limits, replay, units
-from threadweaver_ref.model import add_lora, load_policy, merge_lora, save_policy
+from threadweaver_ref.model import add_lora, decoding_copy, load_policy, merge_lora, save_policy
 from threadweaver_ref.policy import (
     PGRPO_RECIPES,
     PGRPORecipe,
     PGRPOConfig,
     behaviour,
-    decoding_copy,
     eta,
     group_advantages,
     latency_reward,
@@ -242,11 +241,11 @@ def spied(monkeypatch, owner, name):
 def test_settings_of_rollouts_arrive(monkeypatch):
     "Temperature 1 and nothing left out, join, mode and limits as asked for; new seeds in every step."
     (model, tokenizer), decoded, chosen = learner(), spied(monkeypatch, policy, "generate"), spied(monkeypatch, policy, "step_problems")
-    config = PGRPOConfig(steps=3, batch=2, group=3, mode="autoregressive", join="result", limits=Limits(11, 7), seed=4)
+    config = PGRPOConfig(steps=3, batch=2, group=3, mode="autoregressive", join="result", chat=False, limits=Limits(11, 7), seed=4)
     texts = train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM, sum_of_products([(7, 8)])], config, lively)
     assert len(texts) == len(decoded) == 3
     for (_, _, questions, decoding, seeds), _ in decoded:
-        assert decoding == DecodeConfig("autoregressive", "result", 1.0, limits=Limits(11, 7))
+        assert decoding == DecodeConfig("autoregressive", "result", 1.0, limits=Limits(11, 7), chat=False)
         assert len(questions) == 6 == 3 + questions.count(PROBLEM.question)
         assert len(set(map(str, seeds))) == 6
     assert len({str(seed) for (*_, seeds), _ in decoded for seed in seeds}) == 18
@@ -284,7 +283,7 @@ def test_settings_of_the_update_arrive(monkeypatch, tmp_path):
 
 def test_defaults_are_the_ones_written_down():
     assert asdict(PGRPOConfig()) == dict(
-        steps=100, batch=16, group=8, mode="parallel", join="concat", limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)),
+        steps=100, batch=16, group=8, mode="parallel", join="concat", chat=None, limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)),
         normalize="mean", lr=1e-3, optimizer="adamw", warmup=.05, weight_decay=0.0, betas=(.9, .95), clip=1.0, micro_tokens=2048, seed=0,
         folder=None, save_every=25, eval_every=0, tensorboard=False, mixed_precision="no")
 

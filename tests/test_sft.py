@@ -238,13 +238,17 @@ def test_settings_of_the_trees_arrive(monkeypatch):
     assert traced[1][0][1] is True and traced[1][0][3] is False and grown[1][0][3:] == ("kv", "autoregressive") and len(thinned) == 1
     example_tree(RUNNING, TOKENIZER, SFTConfig(sequential=.6, autoregressive=.4), drawing(.41))
     assert traced[2][0][1] is False and grown[2][0][3:] == ("concat", "parallel")
+    asked = spied(monkeypatch, sft, "encode_prompt")
+    example_tree(RUNNING, TOKENIZER, SFTConfig(chat=False), drawing(.5))
+    assert [c[0][1:] for c in asked] == [(RUNNING.question, False)]
     with pytest.raises(ValueError, match="the window has 9"): example_tree(RUNNING, TOKENIZER, SFTConfig(window=9), drawing(.5))
 
 
 def test_defaults_are_the_ones_written_down():
     assert asdict(SFTConfig()) == dict(
         steps=1000, batch=64, micro_tokens=2048, lr=1e-3, optimizer="adamw", warmup=.05, weight_decay=.01, betas=(.9, .95), clip=1.0, fork=True,
-        sequential=.3, autoregressive=.1, join="concat", window=None, leaves=None, seed=0, folder=None, save_every=200, mixed_precision=None,
+        sequential=.3, autoregressive=.1, join="concat", chat=None, window=None, leaves=None, seed=0, folder=None, save_every=200,
+        mixed_precision=None,
         attention="dense")
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from .tasks import data_dir
+from .tasks import allowed, data_dir
 from .tokens import add_control_tokens, untrained_rows
 from .tree import check_model
 
@@ -65,25 +65,20 @@ def _folder(path_or_name):
     path = Path(path_or_name)
     return path if _is_policy(path) or _is_adapter(path) else shipped_policies().get(path.as_posix().removeprefix("data/policies/"))
 
-def _known(names):
-    "At most a dozen names, in one line."
-    names = list(names)
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "(none shipped)"
-
 def find_policy(path_or_name) -> str:
     "The folder of a policy or LoRA adapter, by its path or shipped name, or a hub name. Raises `ValueError` that says what is allowed."
     if folder := _folder(path_or_name): return str(folder)
     path, name = Path(path_or_name), str(path_or_name)
     if path.is_dir(): raise ValueError(f"{path} is no policy folder: it has no config.json (an adapter: adapter_config.json)")
     if name.count("/") == 1 and not name.startswith((".", "/")): return name
-    raise ValueError(f"no policy {name!r}: give a folder, a hub name such as Qwen/Qwen3-0.6B, or one of {_known(shipped_policies())}")
+    raise ValueError(f"no policy {name!r}: give a folder, a hub name such as Qwen/Qwen3-0.6B, or one of {allowed(shipped_policies())}")
 
 # %% ../nbs/06_model.ipynb #2f2925dc
 def _find_adapter(path_or_name) -> str:
     "The folder of an adapter. Raises `ValueError` that says what is allowed."
     folder = _folder(path_or_name)
     if folder and _is_adapter(folder): return str(folder)
-    shipped = _known(name for name, f in shipped_policies().items() if _is_adapter(f))
+    shipped = allowed(name for name, f in shipped_policies().items() if _is_adapter(f))
     raise ValueError(f"{path_or_name} is no adapter folder: it has no adapter_config.json; give a folder that has one, or one of {shipped}")
 
 def _base_of(adapter) -> str:

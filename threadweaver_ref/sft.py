@@ -31,10 +31,10 @@ from transformers import get_cosine_schedule_with_warmup
 
 from .forkjoin import replay, units
 from .merge import get_join
-from .model import SIZES, load_policy, shipped_policies, tiny_model
-from .tasks import BENCH_FAMILIES, FORKS, trace, training_problem
+from .model import CALCULATIONS, SIZES, SUMS, load_policy, shipped_policies, tiny_model
+from .tasks import BENCH_FAMILIES, FORKS, allowed, trace, training_problem
 from .tokens import char_tokenizer, encode_prompt
-from .tree import SpanTree, collate, collate_blocks, tree_logprobs
+from .tree import SpanTree, check_model, collate, collate_blocks, tree_logprobs
 
 # %% ../nbs/07_sft.ipynb #e3056ac1
 def packing_counts(problem, tokenizer, fork=True, join="concat") -> tuple:
@@ -78,6 +78,7 @@ class SFTConfig:
     sequential: float = 0.3          # share of the problems shown without forks
     autoregressive: float = 0.1      # share shown as one flat line, control tokens and all
     join: str = "concat"
+    chat: bool | None = None         # questions in the chat template? None: if the tokenizer has one
     window: int | None = None        # no token may stand at this position or behind: what is longer without forks is shown forked
     leaves: int | None = None        # train on at most so many of a tree's lines, drawn at random
     seed: int = 0
@@ -101,7 +102,7 @@ def example_tree(problem, tokenizer, config, rng):
 
     Raises `ValueError` if even forked it is too long for the window."""
     if isinstance(problem, SpanTree): return problem
-    draw, prompt = rng.random(), encode_prompt(tokenizer, problem.question)
+    draw, prompt = rng.random(), encode_prompt(tokenizer, problem.question, config.chat)
     mode = "autoregressive" if draw < config.autoregressive else "parallel"
     fork = config.fork if draw < 1 - config.sequential else False
     grow = lambda fork, mode: replay(trace(problem, fork, rng, config.join == "result"), prompt, tokenizer, config.join, mode)
@@ -359,6 +360,7 @@ def _train(model, config, problems, one_step, on_step, name, also=()):
     `also`: what else, as pairs of plain data, must be the same for a run to go on. Raises `ValueError` for a folder with another run."""
     folder = Path(config.folder) if config.folder else None
     settings = {"training set": _about(problems), **_settings(config), **dict(also)}
+    check_model(model)
     with _prepared(model, config) as prepared:
         if not folder: return _loop(config, None, None, 0, prepared, one_step, on_step, name)
         accelerator, *_, schedules = prepared
@@ -539,7 +541,7 @@ RECIPES = {
 # %% ../nbs/07_sft.ipynb #b13b2707
 def get_recipe(name: str) -> Recipe:
     "The recipe of that name. Raises `ValueError` that names the known ones."
-    if name not in RECIPES: raise ValueError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")
+    if name not in RECIPES: raise ValueError(f"unknown recipe {name!r}: choose one of {allowed(RECIPES)}")
     return RECIPES[name]
 
 def _later(problems, steps, rng, step):
@@ -563,7 +565,7 @@ def train_recipe(
     torch.manual_seed(config.seed)
     if recipe.start in SIZES:
         tokenizer = char_tokenizer()
-        model = tiny_model(recipe.start, tokenizer)
+        model = tiny_model(recipe.start, tokenizer, knows=SUMS if recipe.problems is narrow else CALCULATIONS)
     elif recipe.start in shipped_policies(): model, tokenizer = load_policy(recipe.start, device="cpu")
     else:
         before = [recipe.start] if isinstance(recipe.start, str) else recipe.start
