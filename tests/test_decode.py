@@ -630,7 +630,9 @@ def test_a_hook_may_change_its_logits_in_place():
 def test_logits_that_are_no_numbers():
     model = tiny("Qwen3", char)
     with torch.no_grad(): model.model.norm.weight[0] = float("nan")
-    with pytest.raises((FloatingPointError, ValueError), match="not numbers|cannot serve"): generate(model, char, ["1+1?"])
+    with pytest.raises(FloatingPointError, match="not numbers"): generate(model, char, ["1+1?"])
+    with torch.no_grad(): model.model.norm.weight[0] = 1
+    generate(model, char, ["1+1?"], DecodeConfig(limits=Limits(max_tokens=3)))   # that was no verdict on the model
     model = tiny("Qwen3", char)
     generate(model, char, ["1+1?"], DecodeConfig(limits=Limits(max_tokens=3)))
     with torch.no_grad(): model.model.norm.weight[0] = float("nan")

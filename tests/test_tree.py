@@ -321,5 +321,5 @@ def test_longer_than_a_sliding_window_is_refused(arch):
         vocab_size=len(tokenizer), sliding_window=8, bos_token_id=None, eos_token_id=1, pad_token_id=0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     pack = lambda text: collate([replay([Text(text)], encode_prompt(tokenizer, "7?"), tokenizer).pack()])
-    with pytest.raises(ValueError, match="sliding window of 8 tokens"): tree_logprobs(model, pack("123456789"))
+    with pytest.raises(ValueError, match="sliding window .* of 8 tokens"): tree_logprobs(model, pack("123456789"))
     assert len(tree_logprobs(model, pack("12"))) == 3

@@ -71,14 +71,15 @@ def find_policy(path_or_name) -> str:
     path, name = Path(path_or_name), str(path_or_name)
     if path.is_dir(): raise ValueError(f"{path} is no policy folder: it has no config.json (an adapter: adapter_config.json)")
     if name.count("/") == 1 and not name.startswith((".", "/")): return name
-    raise ValueError(f"no policy {name!r}: give a folder, a hub name such as Qwen/Qwen3-0.6B, or one of {allowed(shipped_policies())}")
+    known = allowed(shipped_policies()) or "(none shipped)"
+    raise ValueError(f"no policy {name!r}: give a folder, a hub name such as Qwen/Qwen3-0.6B, or one of {known}")
 
 # %% ../nbs/06_model.ipynb #2f2925dc
 def _find_adapter(path_or_name) -> str:
     "The folder of an adapter. Raises `ValueError` that says what is allowed."
     folder = _folder(path_or_name)
     if folder and _is_adapter(folder): return str(folder)
-    shipped = allowed(name for name, f in shipped_policies().items() if _is_adapter(f))
+    shipped = allowed(name for name, f in shipped_policies().items() if _is_adapter(f)) or "(none shipped)"
     raise ValueError(f"{path_or_name} is no adapter folder: it has no adapter_config.json; give a folder that has one, or one of {shipped}")
 
 def _base_of(adapter) -> str:

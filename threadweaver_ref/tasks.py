@@ -403,7 +403,7 @@ def allowed(
         group = max(groups, key=lambda a: (a.count("-"), groups[a]))   # the innermost; of these the largest
         for n in [n for n in names if above[n] == group]: names[group] += 1 + names.pop(n)
     shown = [f"{n} (and {k} {n}-...)" if k else n for n, k in names.items()]
-    return ", ".join(shown if len(shown) <= most else [*shown[:most - 1], f"{len(shown) - most + 1} more"]) or "(none)"
+    return ", ".join(shown if len(shown) <= most else [*shown[:most - 1], f"{len(shown) - most + 1} more"])
 
 # %% ../nbs/02_tasks.ipynb #a3d08d17
 FAMILIES = {}  # name -> sampler, `Callable[[random.Random, ...], Problem]`

@@ -362,6 +362,7 @@ def _off(model, tree):
     for way in ("alone", "packed", "cached"):
         try: found = _probe(model, tree, first.device, way)
         except Exception as error: return f"it cannot run {way} ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        if found.isnan().any() and way == "alone": raise FloatingPointError("the model's logits are not numbers (NaN)")
         if way == "alone": alone, allowed = found, (2e-4 if exact else .1) * max(1.0, float(found.std(-1).mean()))
         off = (found - alone).abs()
         if not (off.max() if exact else off.mean()) < allowed: return f"{way}, its log-probabilities are off by up to {float(off.max()):.2g} nats"
@@ -389,7 +390,7 @@ def check_model(model):
     """Raise `ValueError`, in one line, for a model that a tree mask cannot serve.
 
     That is one whose layers see other than by attention (recurrent, convolutional), keep to a window of their own, or take positions from
-    the packed order. The model itself is asked, once, with a small tree."""
+    the packed order. The model itself is asked, once, with a small tree. Raises `FloatingPointError` if its logits are no numbers."""
     model = plain(model)
     kind = getattr(model.config.get_text_config(), "_attn_implementation", None)
     if kind is not None and kind not in ATTENTION:
