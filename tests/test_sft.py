@@ -32,7 +32,7 @@ from threadweaver_ref.sft import (
 )
 from threadweaver_ref.tasks import BENCH_FAMILIES, held_out, sum_of_products, trace, training_problem
 from threadweaver_ref.tokens import char_tokenizer, encode_prompt
-from threadweaver_ref.tree import SpanTree, collate, tree_logprobs
+from threadweaver_ref.tree import check_model, SpanTree, collate, tree_logprobs
 
 TOKENIZER = char_tokenizer()
 RUNNING = sum_of_products([(12, 3), (4, 5)])
@@ -511,6 +511,7 @@ def test_no_problems(tmp_path):
 
 def test_a_loss_that_is_no_number_changes_nothing(tmp_path):
     model = fresh()
+    check_model(model)
     with torch.no_grad(): model.model.norm.weight[0] = float("nan")
     before = flat(model.parameters())
     with pytest.raises(FloatingPointError, match="loss nan"): train_sft(model, TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path)))
