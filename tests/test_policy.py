@@ -46,7 +46,7 @@ from threadweaver_ref.policy import (
 )
 from threadweaver_ref.seconds import StepCost
 from threadweaver_ref.sft import SFTConfig
-from threadweaver_ref.tasks import BENCH_FAMILIES, bench, chain, grade, oracle, sum_of_products
+from threadweaver_ref.tasks import bench, chain, grade, oracle, sum_of_products
 from threadweaver_ref.tokens import Fork, Text, Thread, control_ids, encode_prompt, encode_text, parse, render
 from threadweaver_ref.tree import SpanTree, collate, tree_logprobs
 
