@@ -2,6 +2,7 @@
 import ast
 import copy
 import functools
+import itertools
 import json
 import os
 import random
@@ -208,13 +209,15 @@ def slow_step(model, rollouts, advantages):
     return -total / count, count
 
 
-def test_one_step_by_hand():
+def test_one_step_by_hand(monkeypatch):
     "Two groups; the rewards of one are all alike: its advantages are 0, and its tokens count all the same (eq. 4)."
     model, tokenizer = learner()
     config = PGRPOConfig(steps=1, batch=2, group=3, limits=SHORT, lr=1e-2, warmup=0, weight_decay=.1, betas=(.8, .9), clip=1e-2, seed=5)
     problems, trained, hand = [PROBLEM, sum_of_products([(7, 8)])], copy.deepcopy(model), copy.deepcopy(model)
     pay = lambda r, p: .25 if p is PROBLEM else lively(r, p)
+    passes = seen_scores(monkeypatch)
     row, = train_pgrpo(trained, tokenizer, problems, config, pay)
+    assert sum(len(batch["input_ids"]) for batch, *_ in passes) == 3   # no pass for what has no advantage
     chosen = sft.step_problems(problems, 0, config, None)
     rollouts = roll_out(model, tokenizer, chosen, config, 0)
     scores = [[pay(r, p) for r in rollouts[3 * i:3 * i + 3]] for i, p in enumerate(chosen)]
@@ -444,7 +447,19 @@ def test_all_alike_changes_nothing():
     model, tokenizer = learner()
     adapted = copy.deepcopy(model)
     log = train_pgrpo(adapted, tokenizer, [PROBLEM], PGRPOConfig(steps=1, batch=1, group=2, limits=SHORT), lambda r, p: 0.3)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), adapted.parameters())) and log[0]["used"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), adapted.parameters()))
+    assert log[0]["used"] == log[0]["loss"] == log[0]["grad_norm"] == 0 < log[0]["sampled"]
+
+
+def test_a_question_without_room_for_an_answer():
+    "Its rollouts have no tokens; whatever they earn, the others are learned."
+    tokenizer = TOKENIZERS["char"]()
+    model, numbers = tiny("Qwen3", tokenizer, max_position_embeddings=12), itertools.count()
+    config = PGRPOConfig(steps=1, batch=2, group=2, limits=SHORT)
+    problems = [sum_of_products([(7, 8)]), sum_of_products([(7, 8)] * 5)]
+    assert sorted(len(r.logprobs) for r in roll_out(model, tokenizer, problems, config))[:2] == [0, 0]
+    row, = train_pgrpo(model, tokenizer, problems, config, lambda r, p: next(numbers))
+    assert row["used"] == 1 and row["grad_norm"] > 0
 
 
 def test_muon_trains_adapters_too():

@@ -358,13 +358,16 @@ def test_a_used_folder_is_for_the_same_run_only(tmp_path, stopped):
     refused(tmp_path, "holds a run of 6 steps", first, steps=3)
     with torch.no_grad(): first.model.norm.weight[0] += 1e-3   # neither the start, nor what the run left behind
     refused(tmp_path, "started from other weights", first)
+    (tmp_path / "left.txt").unlink()   # of a killed process there is none
+    refused(tmp_path, "started from other weights", first)
+    if stopped: assert len(train_sft(fresh(), TOKENIZER, MIXED, replace(SHORT, folder=str(tmp_path)))) == 6
 
 
 def test_a_sampler_is_known_by_its_name_and_options(tmp_path):
     from functools import partial
-    config, late = replace(SHORT, steps=1, batch=1, folder=str(tmp_path)), partial(curriculum, steps=10)
+    config, late = replace(SHORT, steps=1, batch=1, folder=str(tmp_path / "new" / "too")), partial(curriculum, steps=10)
     train_sft(fresh(), TOKENIZER, late, config)
-    refused(tmp_path, "another training set", fresh(), partial(curriculum, steps=20), steps=1, batch=1)
+    refused(tmp_path / "new" / "too", "another training set", fresh(), partial(curriculum, steps=20), steps=1, batch=1)
     assert len(train_sft(fresh(), TOKENIZER, partial(curriculum, steps=10), config)) == 1
     assert sft._describe(partial(curriculum, curriculum, steps=SHORT)) == f"curriculum(curriculum, steps={SHORT})"
     assert " at 0x" not in sft._describe(partial(curriculum, object()))
