@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+TESTS := OMP_NUM_THREADS=1
 POLICIES := tiny-base tiny-sft tiny-sft-random tiny-sft-wide tiny-sft-nested tiny-sft-result tiny-sft-kv tiny-window tiny-rl
 
 .PHONY: demo test test-slow mutants lab readme train clean
@@ -18,12 +20,12 @@ demo: .venv/ready
 test: .venv/ready
 	$(ENV) ruff check
 	$(ENV) python tests/check_notebooks.py
-	$(ENV) nbdev_test --n_workers 1 --timing
-	$(ENV) python -m pytest tests -q
+	$(ENV) $(TESTS) nbdev_test --n_workers $(WORKERS) --timing
+	$(ENV) $(TESTS) python -m pytest tests -q -n $(WORKERS)
 
 test-slow: .venv/ready
-	$(ENV) nbdev_test --n_workers 1 --timing --flags slow
-	$(ENV) python -m pytest tests -q --slow
+	$(ENV) $(TESTS) nbdev_test --n_workers $(WORKERS) --timing --flags slow
+	$(ENV) $(TESTS) python -m pytest tests -q -n $(WORKERS) --slow
 
 # Hours: does a test fail for every small change of a line?  Goes on where it was stopped; ends with those that no test saw
 # (`mutmut show NAME` shows one; LOG.md says which change nothing).  Some only: make mutants ONLY='threadweaver_ref.policy.x_eta*'
