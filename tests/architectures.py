@@ -6,6 +6,7 @@ import argparse
 import copy
 import inspect
 import json
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -81,7 +82,8 @@ def verdict(kind) -> dict:
     except Exception as error: return {"verdict": "not built", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
     began = time.perf_counter()
     try: check_model(model)
-    except ValueError as error: row = {"verdict": "refused", "why": str(error)}
+    except ValueError as error:   # a model that cannot run at all was built from sizes that do not fit
+        row = {"verdict": "not built" if "cannot run alone" in str(error) else "refused", "why": str(error)}
     else: row = {"verdict": "served"}
     return {**row, "seconds": round(time.perf_counter() - began, 3)}
 
@@ -95,7 +97,8 @@ def main():
     for kind, row in rows.items(): print(f"{kind:28} {row['verdict']:10} {row.get('why', '')}")
     counts = {v: sum(row["verdict"] == v for row in rows.values()) for v in ("served", "refused", "not built")}
     print(counts)
-    if out: out.write_text(json.dumps({**provenance(0), "counts": counts, "architectures": rows}, indent=1) + "\n")
+    command = " ".join(["python", Path(__file__).relative_to(Path(__file__).parent.parent).as_posix(), *sys.argv[1:]])
+    if out: out.write_text(json.dumps({**provenance(0), "command": command, "counts": counts, "architectures": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
