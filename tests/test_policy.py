@@ -217,12 +217,12 @@ def test_one_step_by_hand(monkeypatch):
     pay = lambda r, p: .25 if p is PROBLEM else lively(r, p)
     passes = seen_scores(monkeypatch)
     row, = train_pgrpo(trained, tokenizer, problems, config, pay)
-    assert sum(len(batch["input_ids"]) for batch, *_ in passes) == 3   # no pass for what has no advantage
     chosen = sft.step_problems(problems, 0, config, None)
     rollouts = roll_out(model, tokenizer, chosen, config, 0)
     scores = [[pay(r, p) for r in rollouts[3 * i:3 * i + 3]] for i, p in enumerate(chosen)]
     advantages = [x - sum(group) / 3 for group in scores for x in group]
     nought, at = [abs(a) < 1e-12 for a in advantages], 3 * chosen.index(PROBLEM)
+    assert sum(len(batch["input_ids"]) for batch, *_ in passes) == 6 - sum(nought)   # no pass for what has no advantage
     assert all(nought[at:at + 3]) and not all(nought) and row["used"] == pytest.approx(1 - sum(nought) / 6)
     loss, count = slow_step(hand, rollouts, advantages)
     assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) and row["sampled"] == count == sum(len(r.logprobs) for r in rollouts)
