@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
-TESTS := OMP_NUM_THREADS=1
+ONE_THREAD := OMP_NUM_THREADS=1
 POLICIES := tiny-base tiny-sft tiny-sft-random tiny-sft-wide tiny-sft-nested tiny-sft-result tiny-sft-kv tiny-window tiny-rl
 
 .PHONY: demo test test-slow mutants lab readme train clean
@@ -15,17 +15,17 @@ POLICIES := tiny-base tiny-sft tiny-sft-random tiny-sft-wide tiny-sft-nested tin
 	touch $@
 
 demo: .venv/ready
-	$(ENV) threadweaver-ref demo
+	$(ENV) $(ONE_THREAD) threadweaver-ref demo
 
 test: .venv/ready
 	$(ENV) ruff check
 	$(ENV) python tests/check_notebooks.py
-	$(ENV) $(TESTS) nbdev_test --n_workers $(WORKERS) --timing
-	$(ENV) $(TESTS) python -m pytest tests -q -n $(WORKERS)
+	$(ENV) $(ONE_THREAD) nbdev_test --n_workers $(WORKERS) --timing
+	$(ENV) $(ONE_THREAD) python -m pytest tests -q -n $(WORKERS)
 
 test-slow: .venv/ready
-	$(ENV) $(TESTS) nbdev_test --n_workers $(WORKERS) --timing --flags slow
-	$(ENV) $(TESTS) python -m pytest tests -q -n $(WORKERS) --slow
+	$(ENV) $(ONE_THREAD) nbdev_test --n_workers $(WORKERS) --timing --flags slow
+	$(ENV) $(ONE_THREAD) python -m pytest tests -q -n $(WORKERS) --slow
 
 # Hours: does a test fail for every small change of a line?  Goes on where it was stopped; ends with those that no test saw
 # (`mutmut show NAME` shows one; LOG.md says which change nothing).  Some only: make mutants ONLY='threadweaver_ref.policy.x_eta*'
