@@ -329,7 +329,8 @@ def test_many_ids_may_end_a_text():
         assert machine.tree.sampled[stray] and not any(stray in p for p in machine.tree.parents)
     options = dict(stops=machine.stops, end=machine.end)
     assert replay(machine.trajectory, machine.tree.ids[0], char, **options) == machine.tree
-    assert units(machine.trajectory, machine.tree.ids[0], char, **options)[-1][1][-1] == pad
+    context, completion = units(machine.trajectory, machine.tree.ids[0], char, **options)[-1]
+    assert completion[-1] == pad and not {hash_, pad, eos} & set(context)   # what ended a thread is not read again
     with pytest.raises(ValueError, match="behind a stop token"): say(start(stops=[eos, hash_]), "trunk", "5#6<eos>")
     assert say(start(), "trunk", "5#6<eos>") == []   # not a stop token unless it is said to be one
 
