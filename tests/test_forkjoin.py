@@ -434,3 +434,32 @@ def test_tokenizer_without_control_tokens():
     bare = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["char"]().backend_tokenizer, unk_token="<unk>")
     with pytest.raises(ValueError, match="no end-of-sequence token"): ForkJoin([20], bare)
     assert ForkJoin([20], bare, stops=[1]).eos == 1
+
+
+# ---- what mutants found
+
+FORKED = TWO + "<Thread>1:xx</Thread><Thread>2:y</Thread></Parallel>"
+
+def test_a_thread_error_can_go_to_another_process():
+    error = pickle.loads(pickle.dumps(ThreadError("length", "1.2")))
+    assert (error.rule, error.path, str(error)) == ("length", "1.2", "length in thread 1.2")
+
+
+def test_a_line_without_forks_is_the_whole_text_whatever_the_join():
+    trajectory = parse("a" + FORKED + "b")
+    lines = [replay(trajectory, [20], char, join, "autoregressive") for join in JOINS]
+    assert lines[0] == lines[1] == lines[2] and lines[0].ids[1] == encode_text(char, render(trajectory)) + [char.eos_token_id]
+
+
+def test_a_recording_may_be_played_in_any_order():
+    trajectory = parse("a" + FORKED + "b")
+    orders, trees = set(), []
+    for seed in range(12):
+        steps = [(b.name, m) for m, b, _ in play(trajectory, [20], char, rng=random.Random(seed))]
+        orders.add(tuple(name for name, _ in steps))
+        trees.append(steps[-1][1].tree)
+    assert len(orders) == 2 and all(t == trees[0] == replay(trajectory, [20], char) for t in trees)
+
+
+def test_a_fork_with_too_few_threads_is_refused_at_its_beginning():
+    with pytest.raises(FormatError, match="thread_count at character 0"): replay([Fork(["a", "b"], [Thread([])])], [20], char)
