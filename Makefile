@@ -27,7 +27,7 @@ test-slow: .venv/ready
 	$(ENV) $(ONE_THREAD) nbdev_test --n_workers $(WORKERS) --timing --flags slow
 	$(ENV) $(ONE_THREAD) python -m pytest tests -q -n $(WORKERS) --slow
 
-# Hours: does a test fail for every small change of a line?  Goes on where it was stopped; ends with those that no test saw
+# Hours: does a test fail for every small change of a line?  Ends with those that no test saw
 # (`mutmut show NAME` shows one; LOG.md says which change nothing).  Some only: make mutants ONLY='threadweaver_ref.policy.x_eta*'
 mutants: .venv/ready
 	$(ENV) mutmut run --max-children 1 $(ONLY)
