@@ -92,3 +92,13 @@ def alone(model, context, completion):
 
 
 def rngs(n, name=""): return [random.Random(f"{name}{i}") for i in range(n)]
+
+
+def spied(monkeypatch, owner, name):
+    "Every call of a function, as (positional, named) arguments; it is made all the same."
+    calls, real = [], getattr(owner, name)
+    def spy(*args, **named):
+        calls.append((args, named))
+        return real(*args, **named)
+    monkeypatch.setattr(owner, name, spy)
+    return calls

@@ -3,7 +3,6 @@ import random
 
 import pytest
 import torch
-import transformers
 from architectures import NAMES, build
 from helpers import TOKENIZERS, alone, random_forks, random_text, rngs, tiny
 from test_decode import Script, plain_loop, questions, random_plan
@@ -21,13 +20,16 @@ PLAIN = ("qwen3", "qwen2", "llama", "mistral", "gemma", "gemma2", "gemma3_text",
          "smollm3", "llama4_text")
 
 
+ATOL = 1e-3   # weights are initialised with 0.3, fifteen times the usual: roundings grow
+
+
 def check_packed_is_unpacked(model):
     "Invariant 1, on two random trees."
     for rng in rngs(2, "architectures"):
         tree = replay(random_forks(rng, 2), encode_prompt(char, random_text(rng)), char)
         packed = tree.pack()
         with torch.no_grad(): found = spans_of(tree_logprobs(model, collate([packed])), packed)
-        for s, p in found.items(): assert torch.allclose(p, alone(model, tree.path_ids(tree.parents[s][0]), tree.ids[s]), atol=1e-3)
+        for s, p in found.items(): assert torch.allclose(p, alone(model, tree.path_ids(tree.parents[s][0]), tree.ids[s]), atol=ATOL)
 
 
 def check_decoded_is_rerun(model):
@@ -38,7 +40,7 @@ def check_decoded_is_rerun(model):
         machine = plain_loop(model, char, question, config)
         assert rollout.text == machine.text and rollout.tree == machine.tree and rollout.forks
         with torch.no_grad(): scored = tree_logprobs(model, collate([rollout.tree.pack()]))
-        assert torch.allclose(rollout.logprobs, scored, atol=1e-3)
+        assert torch.allclose(rollout.logprobs, scored, atol=ATOL)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -144,4 +146,4 @@ def test_scoring_makes_no_logits_for_the_prompt():
     check_model(model)
     widths.clear()
     tree_logprobs(model, line(5)); generate(model, char, ["1+" * 40 + "1?"], DecodeConfig(limits=Limits(max_tokens=1)))
-    assert widths == [4, 1] and transformers.__version__
+    assert widths == [4, 1]

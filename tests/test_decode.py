@@ -639,10 +639,10 @@ def test_logits_that_are_no_numbers():
     with pytest.raises(FloatingPointError, match="not numbers"): generate(model, char, ["1+1?"])
 
 
-@pytest.mark.parametrize("bad, message", [("", "question 1 is empty"), ((), "question 1 is empty"), ("\ud800", "question 1 .*surrogate"),
-                                          (None, "question 1 is neither"), (7, "question 1 is neither"), ([1.5], "question 1 is neither")])
+@pytest.mark.parametrize("bad, message", [("", "question 1 is empty"), ((), "question 1 is empty"), ("\ud800", "question 1: .*surrogate"),
+                                          (None, "question 1: .* not None"), (7, "question 1: .* not 7"), ([1.5], r"question 1: .* not \(1.5,\)")])
 def test_a_bad_question_is_named_before_anything_is_decoded(bad, message, monkeypatch):
-    monkeypatch.setattr(decode.Decoder, "begin", lambda *a: pytest.fail("decoding began"))
+    monkeypatch.setattr(decode.Decoder, "turn", lambda *a: pytest.fail("decoding began"))
     with pytest.raises(ValueError, match=message): generate(tiny("Qwen3", char), char, ["1+1?", bad, "2?"])
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from helpers import TOKENIZERS, random_trajectory, tiny
+from helpers import TOKENIZERS, random_trajectory, spied, tiny
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from threadweaver_ref import cli, policy, sft
@@ -230,16 +230,6 @@ def test_one_step_by_hand(monkeypatch):
     assert row["grad_norm"] == pytest.approx(torch.nn.utils.clip_grad_norm_(hand.parameters(), 1e-2).item(), rel=1e-4)
     torch.optim.AdamW(hand.parameters(), 1e-2, (.8, .9), weight_decay=.1).step()
     assert torch.allclose(adapters(trained), adapters(hand), atol=1e-5) and not torch.allclose(adapters(trained), adapters(model), atol=1e-3)
-
-
-def spied(monkeypatch, owner, name):
-    "Every call of a function, as (positional, named) arguments; it is made all the same."
-    calls, real = [], getattr(owner, name)
-    def spy(*args, **named):
-        calls.append((args, named))
-        return real(*args, **named)
-    monkeypatch.setattr(owner, name, spy)
-    return calls
 
 
 def test_settings_of_rollouts_arrive(monkeypatch):

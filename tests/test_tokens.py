@@ -445,7 +445,7 @@ def test_which_questions_get_a_template():
     assert encode_prompt(tok, [5, 6]) == encode_prompt(tok, (5, 6), chat=True) == [5, 6]
 
 
-@pytest.mark.parametrize("text, words", [(None, "not NoneType"), (b"7?", "not bytes"), (7, "not int"), ("a\ud800", "surrogate")])
+@pytest.mark.parametrize("text, words", [(None, "not None"), (b"7?", "not b'7"), (7, "not 7"), ([1.5], "not .1.5"), ("a\ud800", "surrogate")])
 def test_what_is_no_question(text, words):
     with pytest.raises(ValueError, match=words): encode_prompt(CHAR, text)
 

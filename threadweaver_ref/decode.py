@@ -26,7 +26,7 @@ from .merge import get_join
 from .model import decoding_copy, unfamiliar
 from .tasks import extract_answer
 from .tokens import Fork, check_format, encode_prompt, encode_text, stop_ids
-from .tree import SpanTree, check_model, keeps_logits, line_limit
+from .tree import SpanTree, check_model, few_logits, line_limit
 
 # %% ../nbs/08_decode.ipynb #a5cb1cfa
 class FlatCache(Cache):
@@ -334,7 +334,7 @@ class Decoder:
     def __init__(self, model, tokenizer, config):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.device, self.dtype = next(model.parameters()).device, next(model.parameters()).dtype
-        self.hidden, self.keeps = torch.finfo(self.dtype).min, keeps_logits(model)
+        self.hidden = torch.finfo(self.dtype).min
         check_model(model)
         reach = config.window, getattr(model.config.get_text_config(), "max_position_embeddings", None), line_limit(model)
         self.window = min(n for n in reach if n)   # the least of all
@@ -345,10 +345,18 @@ class Decoder:
 class Decoder(Decoder):
     def begin(self, questions, seeds):
         "Make cache and mask; nothing is decoded yet."
-        self.waiting = [(i, q, s) for i, (q, s) in enumerate(zip(questions, seeds, strict=True))][::-1]
+        prompts = [self._prompt(i, q) for i, q in enumerate(questions)]   # all of them, before anything is decoded
+        self.waiting = list(zip(range(len(prompts)), questions, prompts, seeds, strict=True))[::-1]
         count = min(self.config.batch, len(questions))
         self.cache = FlatCache(count, 256)
         self.mask = torch.full((count, 1, 256), self.hidden, dtype=self.dtype, device=self.device)   # (R, lanes, S)
+
+    def _prompt(self, number, question):
+        "Ids of a question. Raises `ValueError` that names it by its number, from 0."
+        try: ids = encode_prompt(self.tokenizer, question, self.config.chat)
+        except ValueError as error: raise ValueError(f"question {number}: {error}") from None
+        if not (question and ids): raise ValueError(f"question {number} is empty")
+        return ids
 
     @torch.inference_mode()
     def turn(self) -> list:
@@ -379,8 +387,7 @@ class Decoder(Decoder):
     def _admit(self, count):
         "Fill free rows of the cache with waiting questions."
         while self.waiting and len(self.rows) < count:
-            index, question, seed = self.waiting.pop()
-            prompt, config = encode_prompt(self.tokenizer, question, self.config.chat), self.config
+            (index, question, prompt, seed), config = self.waiting.pop(), self.config
             machine = ForkJoin(prompt, self.tokenizer, config.join, config.limits, config.mode, self.stops)
             self.rows.append(_Row(index, question, machine, seed))
 
@@ -410,13 +417,11 @@ class Decoder(Decoder):
 # %% ../nbs/08_decode.ipynb #18534a29
 class Decoder(Decoder):
     def _forward(self, rows, ids, positions, slots, mask, used, keep=None):
-        "(r, q, V) logits of one forward pass over a batch of queries; of the columns `keep` alone, where the model can."
+        "(r, q, V) logits of one forward pass over a batch of queries; or (r, K, V), of the columns `keep` alone."
         began = time.perf_counter()
         self.cache.aim(rows, slots, used)
-        few = {"logits_to_keep": keep} if keep is not None and self.keeps else {}
-        logits = self.model(input_ids=ids, position_ids=positions, attention_mask=mask[:, None], past_key_values=self.cache,
-                            use_cache=True, **few).logits
-        if keep is not None and not few: logits = logits[:, keep]
+        logits = few_logits(self.model, keep, input_ids=ids, position_ids=positions, attention_mask=mask[:, None],
+                            past_key_values=self.cache, use_cache=True)
         if self.device.type == "cuda": torch.cuda.synchronize()
         self.stats["forward_seconds"] += time.perf_counter() - began
         self.stats["forwards"] += 1
@@ -635,18 +640,6 @@ def default_seeds(seed, questions) -> list:
     return seeds
 
 # %% ../nbs/08_decode.ipynb #7c840b4b
-def _checked(questions) -> list:
-    "The questions as a list, token ids as tuples. Raises `ValueError` that names, by its number from 0, one that is no question."
-    checked = [tuple(q) if isinstance(q, (list, tuple)) else q for q in questions]
-    for k, q in enumerate(checked):
-        if fault := _question_fault(q): raise ValueError(f"question {k} {fault}")
-    return checked
-
-def _question_fault(q):
-    if not isinstance(q, str) and not (isinstance(q, tuple) and all(type(i) is int for i in q)): return "is neither a string nor a list of token ids"
-    if not q: return "is empty"
-    if isinstance(q, str) and any("\ud800" <= c <= "\udfff" for c in q): return "is no valid text: it holds a lone surrogate"
-
 def generate(
     model,                  # any Hugging Face causal language model
     tokenizer,              # with the control tokens
@@ -661,7 +654,7 @@ def generate(
     Raises `ValueError` for a model that `check_model` refuses and for what is no question, `FloatingPointError` for logits that are no numbers.
     Warns of a question outside what the model says that it knows."""
     if isinstance(questions, str): raise ValueError("questions must be a list of strings, not one string")
-    questions = _checked(questions)
+    questions = [tuple(q) if isinstance(q, list) else q for q in questions]
     seeds = default_seeds(config.seed, questions) if seeds is None else seeds
     if len(seeds) != len(questions): raise ValueError(f"{len(seeds)} seeds for {len(questions)} questions")
     training = model.training

@@ -34,7 +34,7 @@ from .merge import get_join
 from .model import CALCULATIONS, SIZES, SUMS, load_policy, shipped_policies, tiny_model
 from .tasks import BENCH_FAMILIES, FORKS, allowed, trace, training_problem
 from .tokens import char_tokenizer, encode_prompt
-from .tree import SpanTree, check_model, collate, collate_blocks, tree_logprobs
+from .tree import SpanTree, check_model, collate, collate_blocks, plain, tree_logprobs
 
 # %% ../nbs/07_sft.ipynb #e3056ac1
 def packing_counts(problem, tokenizer, fork=True, join="concat") -> tuple:
@@ -129,10 +129,7 @@ def thin(
     "At most so many of the tree's leaves, drawn at random, and all that they see."
     ends = [s for s in range(len(tree)) if not any(s in p for p in tree.parents)]
     drawn = rng.sample(ends, min(leaves, len(ends)))
-    new, number = SpanTree(), {}
-    for s in tree.ancestors[drawn].any(0).nonzero()[:, 0].tolist():
-        number[s] = new.add(tree.ids[s], [number[p] for p in tree.parents[s]], tree.sampled[s])
-    return new
+    return tree.keep(tree.ancestors[drawn].any(0).nonzero()[:, 0].tolist())
 
 # %% ../nbs/07_sft.ipynb #6fe629e1
 def micro_batches(packed, limit):
@@ -160,7 +157,7 @@ def _likelihood(group, batch, logprobs, count): return -logprobs.sum() / count  
 
 def _collate(group, model, device):
     "A batch in the form that the model's attention takes."
-    flex = getattr(model, "module", model).config._attn_implementation == "flex_attention"
+    flex = plain(model).config._attn_implementation == "flex_attention"
     return (collate_blocks if flex else collate)(group, device)
 
 def _update(model, optimizers, groups, accelerator, clip, loss_of=_likelihood, count=None, banned=()):
@@ -277,8 +274,9 @@ def _found(folder, settings, digest):
 def _resume(accelerator, folder, newest, run, schedules):
     "The step to go on from: that of the newest checkpoint, which is loaded; where there is none, the start becomes one."
     folder.mkdir(parents=True, exist_ok=True)
-    if not newest: _checkpoint(accelerator, folder, 0, run, schedules)
-    if not newest: return 0
+    if not newest:
+        _checkpoint(accelerator, folder, 0, run, schedules)
+        return 0
     saved = json.loads((newest / "step.json").read_text())
     accelerator.load_state(str(newest))
     for s, state in zip(schedules, saved["schedules"], strict=True): s.load_state_dict(state)

@@ -483,8 +483,8 @@ def encode_prompt(
     chat=None,  # put it into the tokenizer's chat template as the user's turn? None: if there is one
 ) -> list:
     "Ids of a question. Control tokens and special tokens in it stay plain text. Raises `ValueError` for what is no text, and without a template."
-    if isinstance(text, (list, tuple)): return list(text)
-    if not isinstance(text, str): raise ValueError(f"a question is a text or a list of ids, not {type(text).__name__}")
+    if isinstance(text, (list, tuple)) and all(type(i) is int for i in text): return list(text)
+    if not isinstance(text, str): raise ValueError(f"a question is a text or a list of ids, not {text!r:.40}")
     if any("\ud800" <= c <= "\udfff" for c in text): raise ValueError(f"half a surrogate pair is no text: {text[:40]!r}")
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template: raise ValueError("chat=True, but the tokenizer has no chat template")

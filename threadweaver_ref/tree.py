@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'SpanTree', 'PackedTree', 'token_labels', 'span_lanes', 'span_colors', 'show_tree', 'tree_mask',
            'show_mask', 'mask_explorer', 'tree_mask_mod', 'tree_block_mask', 'block_kinds', 'additive', 'collate',
-           'plain', 'line_limit', 'check_model', 'keeps_logits', 'tree_logits', 'tree_logprobs', 'forest',
+           'plain', 'line_limit', 'check_model', 'few_logits', 'tree_logits', 'tree_logprobs', 'forest',
            'collate_blocks']
 
 # %% ../nbs/03_tree.ipynb #8551a874
@@ -82,11 +82,15 @@ class SpanTree(SpanTree):
             stack += reversed(children[s])
         return out
 
+    def keep(self, spans):
+        "The tree of these spans alone, in this order; every parent of theirs must be among them, and come before."
+        new, number = SpanTree(), {}
+        for s in spans: number[s] = new.add(self.ids[s], [number[p] for p in self.parents[s]], self.sampled[s])
+        return new
+
     def sorted(self):
         "The same tree with its spans in `order`."
-        new, number = type(self)(), {}
-        for s in self.order(): number[s] = new.add(self.ids[s], [number[p] for p in self.parents[s]], self.sampled[s])
-        return new
+        return self.keep(self.order())
 
     def __eq__(self, other):
         if not isinstance(other, SpanTree): return NotImplemented
@@ -95,12 +99,6 @@ class SpanTree(SpanTree):
 
 # %% ../nbs/03_tree.ipynb #3d228489
 class SpanTree(SpanTree):
-    def keep(self, spans):
-        "The tree of these spans alone; they must hold every parent of theirs."
-        new, number = SpanTree(), {}
-        for s in sorted(spans): number[s] = new.add(self.ids[s], [number[p] for p in self.parents[s]], self.sampled[s])
-        return new
-
     def scored(self):
         "The tree without the spans that no sampled token sees: what `tree_logprobs` needs of it, in the same order."
         wanted = self.ancestors[torch.tensor(self.sampled, dtype=torch.bool)].any(0)
@@ -399,10 +397,16 @@ def check_model(model):
     if fault := model._tree_fault[1]: raise ValueError(f"a tree mask cannot serve {type(model).__name__}: {fault}")
 
 # %% ../nbs/03_tree.ipynb #8dbc3361
-def keeps_logits(model):
-    "Can the model be asked for the logits of some positions alone?"
+def few_logits(
+    model,
+    keep=None,  # (K,) columns whose logits are wanted; None: all
+    **inputs,
+) -> torch.Tensor:
+    "(P, N, V), or (P, K, V): logits of a forward pass. Where the model can be asked for some columns alone, no others are made."
     inner = plain(model).get_base_model() if hasattr(plain(model), "get_base_model") else plain(model)
-    return "logits_to_keep" in signature(type(inner).forward).parameters
+    if keep is None: return model(**inputs).logits
+    if "logits_to_keep" not in signature(type(inner).forward).parameters: return model(**inputs).logits[:, keep]
+    return model(**inputs, logits_to_keep=keep).logits
 
 def tree_logits(
     model,
@@ -415,10 +419,8 @@ def tree_logits(
     check_model(model)
     if (longest := int(batch["position_ids"].max()) + 1) > (limit := line_limit(model)):
         raise ValueError(f"a line of {longest} tokens is longer than the sliding window (or chunk) of {limit} tokens of the model's layers")
-    few = keep is not None and keeps_logits(model)
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=_mask_for(plain(model), batch["attention_mask"]),
-                   use_cache=False, **({"logits_to_keep": keep} if few else {})).logits
-    return logits if few or keep is None else logits[:, keep]
+    return few_logits(model, keep, input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+                      attention_mask=_mask_for(plain(model), batch["attention_mask"]), use_cache=False)
 
 def tree_logprobs(
     model,        # any Hugging Face causal language model that `check_model` accepts
