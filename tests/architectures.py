@@ -77,7 +77,7 @@ def build(kind, **options):
 
 def verdict(kind) -> dict:
     "Was it built, is it served, why not, and what did asking cost?"
-    from threadweaver_ref.tree import check_model
+    from threadweaver_ref.scoring import check_model
     try: model = build(kind)
     except Exception as error: return {"verdict": "not built", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
     began = time.perf_counter()

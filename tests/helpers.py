@@ -9,7 +9,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from threadweaver_ref.tokens import Fork, Text, Thread, add_control_tokens, char_tokenizer
+from threadweaver_ref.format import Fork, Text, Thread
+from threadweaver_ref.tokenizer import add_control_tokens, char_tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 ARCHITECTURES = ("Qwen3", "Qwen2", "Llama", "Mistral", "Gemma")

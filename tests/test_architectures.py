@@ -10,9 +10,11 @@ from test_tree import spans_of
 
 from threadweaver_ref import tree as tree_module
 from threadweaver_ref.decode import DecodeConfig, generate
-from threadweaver_ref.forkjoin import Limits, replay
-from threadweaver_ref.tokens import encode_prompt
-from threadweaver_ref.tree import SpanTree, check_model, collate, line_limit, tree_logits, tree_logprobs
+from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.replay import replay
+from threadweaver_ref.tokenizer import encode_prompt
+from threadweaver_ref.scoring import check_model, collate, line_limit, tree_logits, tree_logprobs
+from threadweaver_ref.tree import SpanTree
 
 char = TOKENIZERS["char"]()
 HYBRID = ("qwen3_next", "qwen3_5_text", "lfm2", "mamba2", "granitemoehybrid", "jamba", "gpt_neo", "falcon_h1", "bamba", "recurrent_gemma", "rwkv")

@@ -15,7 +15,7 @@ from threadweaver_ref import bench, cli
 from threadweaver_ref.bench import mixed_problems, packing, table
 from threadweaver_ref.tasks import answer_text, oracle
 from threadweaver_ref.tasks import bench as get_bench
-from threadweaver_ref.tokens import char_tokenizer
+from threadweaver_ref.tokenizer import char_tokenizer
 
 
 @pytest.fixture

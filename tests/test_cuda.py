@@ -7,11 +7,13 @@ from helpers import ARCHITECTURES, TOKENIZERS, random_forks, random_text, rngs, 
 from test_decode import ROOMY, Script, clean_plan, questions, random_plan, replayed, same
 
 from threadweaver_ref.decode import DecodeConfig, filter_logits, generate, uniforms
-from threadweaver_ref.forkjoin import Limits, replay
-from threadweaver_ref.tokens import encode_prompt
+from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.replay import replay
+from threadweaver_ref.tokenizer import encode_prompt
 from threadweaver_ref.sft import SFTConfig, train_sft
 from threadweaver_ref.tasks import BENCH_FAMILIES, training_problem
-from threadweaver_ref.tree import PackedTree, collate, collate_blocks, tree_block_mask, tree_logprobs, tree_mask
+from threadweaver_ref.scoring import collate, collate_blocks, tree_block_mask, tree_logprobs
+from threadweaver_ref.tree import PackedTree, tree_mask
 
 pytestmark = pytest.mark.cuda
 char = TOKENIZERS["char"]()

@@ -9,12 +9,15 @@ import torch
 from helpers import ARCHITECTURES, TOKENIZERS, bpe_tokenizer, random_text, rngs, tiny
 
 from threadweaver_ref import decode
-from threadweaver_ref.decode import DecodeConfig, FlatCache, choose, filter_logits, generate, show_timeline, uniforms
-from threadweaver_ref.forkjoin import ForkJoin, Limits, ThreadError, replay
-from threadweaver_ref.merge import JOINS
+from threadweaver_ref.decode import DecodeConfig, FlatCache, choose, filter_logits, generate, uniforms
+from threadweaver_ref.draw import show_timeline
+from threadweaver_ref.forkjoin import ForkJoin, Limits, ThreadError
+from threadweaver_ref.replay import replay
+from threadweaver_ref.joins import JOINS
 from threadweaver_ref.model import add_lora
-from threadweaver_ref.tokens import CONTROL_TOKENS, Fork, control_ids, encode_prompt, encode_text
-from threadweaver_ref.tree import check_model, collate, tree_logits, tree_logprobs
+from threadweaver_ref.format import CONTROL_TOKENS, Fork
+from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
+from threadweaver_ref.scoring import check_model, collate, tree_logits, tree_logprobs
 
 char = TOKENIZERS["char"]()
 ROOMY = Limits(max_tokens=3000, max_thread_tokens=300)
@@ -230,7 +233,7 @@ def test_the_window_is_the_models_own():
 # ---- stragglers
 
 def test_a_deadline_closes_what_is_late():
-    "Thread 2 would write for ever, thread 1 of the inner fork too; the others end by themselves. All is joined, and the trunk goes on."
+    "Thread 2 would write for ever, thread 1 of the inner fork too; the others end by themselves. All is joined, and the main thread goes on."
     model = tiny("Qwen3", char)
     def plan(branch, tokenizer):
         if not branch.path: return [None, tokenizer.eos_token_id] if branch.forks else encode_text(tokenizer, block("1:p", "2:q", "3:r"))
@@ -338,10 +341,10 @@ def latency(text):
 
 
 def said(*texts):
-    "A plan: what the trunk writes until each stop, and what every thread writes."
-    trunk, threads = texts[0], texts[1]
+    "A plan: what the main thread writes until each stop, and what every thread writes."
+    main, threads = texts[0], texts[1]
     def plan(branch, tokenizer):
-        text = threads[branch.path[-1][1] - 1] if branch.path else trunk[branch.forks]
+        text = threads[branch.path[-1][1] - 1] if branch.path else main[branch.forks]
         return encode_text(tokenizer, text)
     return DecodeConfig(hook=Script(char, plan), limits=ROOMY)
 
@@ -359,8 +362,8 @@ def test_counts_by_hand():
     #  <eos> sees the prompt (2) and the joined line: all 34 tokens but itself, and itself
     assert r.peak_context == 2 + 34
     found = [(i.branch, i.start, i.end, i.forced) for i in r.timeline]
-    #  the trunk's last token and the seed `<Thread> i :` of both; then thread 1's last, thread 2 anew, and </Parallel>
-    assert found == [("trunk", 0, 14, 2), ("2", 14, 15, 0), ("1", 14, 19, 7), ("trunk", 19, 22, 7)]
+    #  the main thread's last token and the seed `<Thread> i :` of both; then thread 1's last, thread 2 anew, and </Parallel>
+    assert found == [("main", 0, 14, 2), ("2", 14, 15, 0), ("1", 14, 19, 7), ("main", 19, 22, 7)]
     assert show_timeline(r)
     assert "forks=1" in repr(r)
 
@@ -430,7 +433,7 @@ def test_rollout_budget():
     assert r.finish_reason == "length" and sampled(r.tree) == r.total_tokens == r.token_latency == r.decode_steps == 20
     endless = lambda branch, tokenizer: [] if branch.path else encode_text(tokenizer, block("1:p", "2:q", "3:r"))
     r = generate(model, char, ["7?"], DecodeConfig(hook=Script(char, endless), limits=Limits(max_tokens=38)))[0]
-    assert len(chars(block("1:p", "2:q", "3:r"))) == 18                     # 20 are left: 6 for each thread, 2 for the trunk
+    assert len(chars(block("1:p", "2:q", "3:r"))) == 18                     # 20 are left: 6 for each thread, 2 for the main thread
     assert r.finish_reason == "length" and sampled(r.tree) == 18 + 3 * 6 + 2
     assert [str(e) for e in r.errors] == [f"length in thread {i}" for i in "123"] and r.forks == 1
 
@@ -598,7 +601,7 @@ def test_a_branch_draws_anew_behind_a_join_and_a_refused_block(refused):
     model = tiny("Qwen3", char)
     config = DecodeConfig(temperature=1., hook=Coin(refused), limits=Limits(max_forks=4, max_tokens=600))
     rollouts = generate(model, char, ["1+1?"] * 400, config)
-    asked = Counter(sum(i.ids[:1] == (control_ids(char)["<Parallel>"],) for i in r.timeline if i.branch == "trunk") for r in rollouts)
+    asked = Counter(sum(i.ids[:1] == (control_ids(char)["<Parallel>"],) for i in r.timeline if i.branch == "main") for r in rollouts)
     once, twice = sum(n for k, n in asked.items() if k >= 1), sum(n for k, n in asked.items() if k >= 2)
     assert 160 < once < 240 and .38 < twice / once < .62, asked
 
@@ -662,7 +665,7 @@ def test_every_stop_id_of_the_generation_config_ends_a_text():
     config = DecodeConfig(hook=Script(char, plan), limits=Limits(max_tokens=90))
     rollout = generate(model, char, ["1+1?"], config)[0]
     assert rollout.end == other and rollout.finish_reason == "stop" and [e.rule for e in rollout.errors] == ["end of sequence"]
-    assert [i.ids[-1] for i in rollout.timeline if i.branch in ("1", "trunk")][-1] == other and rollout.forks == 1
+    assert [i.ids[-1] for i in rollout.timeline if i.branch in ("1", "main")][-1] == other and rollout.forks == 1
     assert rollout.tree == replayed(rollout, char, config, stops=(char.eos_token_id, other))
     same_logprobs(model, [rollout])
 
@@ -761,14 +764,14 @@ def test_a_fork_copies_nothing(monkeypatch):
 
 
 def test_a_fork_reads_only_the_seeds():
-    "At a fork the model reads the last token of the trunk and the seeds; the shared prefix is not read again."
+    "At a fork the model reads the last token of the main thread and the seeds; the shared prefix is not read again."
     model, sizes = tiny("Qwen3", char), []
     check_model(model)   # asks the model, once
     config = said(["x=" + block("1:p", "2:q", "3:r"), "y<eos>"], ["12</Thread>"] * 3)
     handle = model.register_forward_pre_hook(lambda m, a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
     generate(model, char, ["12345678?"], config)
     handle.remove()
-    #  prompt; the trunk token by token; </Outlines> and 3 seeds of 3; three lanes twice; then the joined line at once
+    #  prompt; the main thread token by token; </Outlines> and 3 seeds of 3; three lanes twice; then the joined line at once
     joined = 1 + 2 * (3 + 3) + 1
     assert sizes == [(1, 9)] + [(1, 1)] * 19 + [(1, 1 + 3 * 3)] + [(1, 3)] * 2 + [(1, joined)] + [(1, 1)]
 

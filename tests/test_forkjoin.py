@@ -6,23 +6,12 @@ from collections import Counter
 import pytest
 from helpers import TOKENIZERS, random_forks, random_text, random_trajectory, rngs
 
-from threadweaver_ref.forkjoin import MODES, ForkJoin, Limits, ThreadError, play, replay, units
-from threadweaver_ref.merge import JOINS, get_join
+from threadweaver_ref.forkjoin import MODES, ForkJoin, Limits, ThreadError
+from threadweaver_ref.replay import play, replay, units
+from threadweaver_ref.joins import JOINS, get_join
 from threadweaver_ref.tasks import sum_of_products, trace
-from threadweaver_ref.tokens import (
-    CONTROL_TOKENS,
-    RULES,
-    Fork,
-    FormatError,
-    Text,
-    Thread,
-    check_format,
-    control_ids,
-    encode_prompt,
-    encode_text,
-    parse,
-    render,
-)
+from threadweaver_ref.format import CONTROL_TOKENS, RULES, Fork, FormatError, Text, Thread, check_format, parse, render
+from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
 from threadweaver_ref.tree import tree_mask
 
 char = TOKENIZERS["char"]()
@@ -50,13 +39,13 @@ def test_running_example():
     recorded, machine = trace(problem), start()
     one, two = (t.body[0].text + "</Thread>" for t in recorded[0].threads)
     outlines = block("1:a=12*3", "2:b=4*5")
-    assert say(machine, "trunk", outlines) == ["1", "2"]
+    assert say(machine, "main", outlines) == ["1", "2"]
     contexts = {b.name: char.decode(b.context_ids) for b in machine.ready}
     assert contexts == {i: f"12*3+4*5?{outlines}<Thread>{i}:" for i in "12"}
     assert say(machine, "2", two) == ["1"]
-    assert say(machine, "1", one) == ["trunk"]
-    assert char.decode(machine.trunk.context_ids) == f"12*3+4*5?{outlines}<Thread>1:{one}<Thread>2:{two}</Parallel>"
-    say(machine, "trunk", recorded[1].text + "<eos>")
+    assert say(machine, "1", one) == ["main"]
+    assert char.decode(machine.main.context_ids) == f"12*3+4*5?{outlines}<Thread>1:{one}<Thread>2:{two}</Parallel>"
+    say(machine, "main", recorded[1].text + "<eos>")
     assert machine.done and machine.finish_reason == "stop" and machine.trajectory == recorded and not machine.errors
     assert machine.tree == replay(recorded, encode_prompt(char, problem.question), char)
 
@@ -107,9 +96,9 @@ def test_one_line_has_the_ids_of_the_joined_line(tokenizer):
         machine = [*play(trajectory, prompt, tokenizer)][-1][0]
         for mode in ("sequential", "autoregressive"):
             tree = replay(trajectory, prompt, tokenizer, mode=mode)
-            assert tree.ids == [prompt, machine.trunk.context_ids[len(prompt):]] and tree.sampled == [False, True]
+            assert tree.ids == [prompt, machine.main.context_ids[len(prompt):]] and tree.sampled == [False, True]
             flat = ForkJoin(prompt, tokenizer, mode=mode)
-            flat.feed(flat.trunk, tree.ids[1])
+            flat.feed(flat.main, tree.ids[1])
             assert flat.tree == tree == replay(flat.trajectory, prompt, tokenizer, mode=mode)
             assert flat.text == render(trajectory) and not flat.errors
     with pytest.raises(ValueError, match="unknown mode 'x'"): replay(trajectory, prompt, tokenizer, mode="x")
@@ -156,7 +145,7 @@ def rollout(rng, tokenizer=char, mode="parallel", join="concat", stops=None):
         if rng.random() < .03:
             victim = rng.choice(machine.branches)
             if not victim.closed:
-                cut |= victim is machine.trunk and victim.threads is not None
+                cut |= victim is machine.main and victim.threads is not None
                 machine.cancel(victim)
                 continue
         ids = soup(rng, branch, tokenizer)
@@ -183,7 +172,7 @@ def test_soup(part, join, tokenizer):
         assert all(isinstance(e.rule, str) for e in machine.errors)
         assert all(probs == [-float(i) for i in machine.tree.ids[s]] for s, probs in machine.logprobs.items())
         assert set(machine.logprobs) == {s for s, sampled in enumerate(machine.tree.sampled) if sampled}
-        forks += bool(machine.trunk.forks)
+        forks += bool(machine.main.forks)
         ends[machine.end] += 1
         assert (machine.finish_reason == "stop") == (machine.end is not None)
         if cut: continue   # ended while its threads were at work: nothing to replay
@@ -197,7 +186,7 @@ def test_soup(part, join, tokenizer):
 def test_soup_in_one_line(mode):
     for rng in rngs(100, mode):
         machine, _ = rollout(rng, mode=mode)
-        assert len(machine.tree) <= 2 and machine.trunk.forks == 0
+        assert len(machine.tree) <= 2 and machine.main.forks == 0
 
 
 def test_order_does_not_matter():
@@ -220,10 +209,10 @@ def test_order_does_not_matter():
 
 def test_no_barrier():
     machine = start()
-    steps = [("trunk", TWO), ("2", TWO), ("2.1", "u</Thread>"), ("2.2", TWO), ("2.2.2", "</Thread>"), ("2.2.1", "</Thread>"),
+    steps = [("main", TWO), ("2", TWO), ("2.1", "u</Thread>"), ("2.2", TWO), ("2.2.2", "</Thread>"), ("2.2.1", "</Thread>"),
              ("2.2", "</Thread>"), ("2", "done</Thread>")]
     assert [say(machine, *s) for s in steps][-1] == ["1"]   # thread 1 has not written a token
-    assert say(machine, "1", "</Thread>") == ["trunk"]
+    assert say(machine, "1", "</Thread>") == ["main"]
 
 
 # ---- bad input
@@ -242,14 +231,14 @@ BAD_BLOCKS = [
 @pytest.mark.parametrize("text, rule", BAD_BLOCKS, ids=range(len(BAD_BLOCKS)))
 def test_malformed_outlines_stay_text(text, rule):
     machine = start(limits=Limits(max_threads=4))
-    assert say(machine, "trunk", "so " + text) == ["trunk"]
-    say(machine, "trunk", "56<eos>")
+    assert say(machine, "main", "so " + text) == ["main"]
+    say(machine, "main", "56<eos>")
     assert rule in [e.rule for e in machine.errors] and machine.text == f"so {text}56" and machine.finish_reason == "stop"
     inside = start(limits=Limits(max_threads=4))
-    say(inside, "trunk", TWO)
+    say(inside, "main", TWO)
     if "</Thread>" not in text:
         assert say(inside, "2", text) == ["1", "2"]
-        say(inside, "2", "</Thread>"); say(inside, "1", "</Thread>"); say(inside, "trunk", "<eos>")
+        say(inside, "2", "</Thread>"); say(inside, "1", "</Thread>"); say(inside, "main", "<eos>")
         assert rule in [e.rule for e in inside.errors] and inside.text == f"{TWO}<Thread>1:</Thread><Thread>2:{text}</Thread></Parallel>"
 
 
@@ -259,69 +248,69 @@ def test_tags_in_plain_characters_are_no_outlines():
     control = lambda text: encode_text(char, text)
     for middle in (plain("1:a</Outline><Outline>2:b"), [*control("1:a</Outline><Outline>2:"), *plain("say </Thread>")]):
         machine = start()
-        machine.feed(machine.trunk, [*control("<Parallel><Outlines><Outline>"), *middle, *control("</Outline></Outlines>")])
-        assert machine.ready == [machine.trunk] and [e.rule for e in machine.errors] == ["tag_outside_block"]
+        machine.feed(machine.main, [*control("<Parallel><Outlines><Outline>"), *middle, *control("</Outline></Outlines>")])
+        assert machine.ready == [machine.main] and [e.rule for e in machine.errors] == ["tag_outside_block"]
 
 
 def test_a_good_block_behind_a_bad_one_forks():
     machine = start()
-    say(machine, "trunk", block("1:a"))
-    assert say(machine, "trunk", "no. " + TWO) == ["1", "2"]
+    say(machine, "main", block("1:a"))
+    assert say(machine, "main", "no. " + TWO) == ["1", "2"]
     assert [type(n) for n in machine.trajectory] == [Text, Fork] and machine.trajectory[0].text == block("1:a") + "no. "
 
 
 def test_depth_forks_and_tokens():
     machine = start(limits=Limits(max_depth=1, max_forks=1))
-    steps = [("trunk", TWO), ("1", TWO), ("1", "</Thread>"), ("2", "</Thread>"), ("trunk", TWO), ("trunk", "<eos>")]
+    steps = [("main", TWO), ("1", TWO), ("1", "</Thread>"), ("2", "</Thread>"), ("main", TWO), ("main", "<eos>")]
     for step in steps: say(machine, *step)
     assert [e.rule for e in machine.errors] == ["max_depth", "max_forks"] and machine.finish_reason == "stop"
     short = start(limits=Limits(max_tokens=len(encode_text(char, TWO)) + 1))
-    assert say(short, "trunk", TWO) == ["trunk"] and short.errors[0].rule == "max_tokens"
+    assert say(short, "main", TWO) == ["main"] and short.errors[0].rule == "max_tokens"
     assert all(RULES[e.rule] in str(e) for e in machine.errors + short.errors)
-    say(short, "trunk", "<eos>")
+    say(short, "main", "<eos>")
     assert short.finish_reason == "stop"
 
 
 def test_thread_that_does_not_end():
     machine = start(limits=Limits(max_thread_tokens=5))
-    steps = [("trunk", block("1:a", "2:b", "3:c")), ("1", "xy<eos>", "stop", [-1, -2, -3]), ("2", "12345", "length")]
+    steps = [("main", block("1:a", "2:b", "3:c")), ("1", "xy<eos>", "stop", [-1, -2, -3]), ("2", "12345", "length")]
     for step in steps: say(machine, *step)
     machine.cancel(machine.ready[0])
-    say(machine, "trunk", "56<eos>")
+    say(machine, "main", "56<eos>")
     assert [(e.rule, e.path) for e in machine.errors] == [("end of sequence", "1"), ("length", "2"), ("cancelled", "3")]
     assert machine.text == block("1:a", "2:b", "3:c") + "<Thread>1:xy</Thread><Thread>2:12345</Thread><Thread>3:</Thread></Parallel>56"
     assert machine.finish_reason == "stop"
     stray = next(s for s, ids in enumerate(machine.tree.ids) if ids == [machine.eos])   # scored, but seen by nobody
     assert machine.tree.sampled[stray] and machine.logprobs[stray] == [-3] and not any(stray in p for p in machine.tree.parents)
-    assert machine.eos not in machine.trunk.context_ids[:-1]
+    assert machine.eos not in machine.main.context_ids[:-1]
 
 
 def test_budget_spent():
     machine = start(limits=Limits(max_tokens=29))
-    say(machine, "trunk", TWO)
+    say(machine, "main", TWO)
     assert [b.budget for b in machine.ready] == [5, 5]
     say(machine, "2", "x" * 5, "length"); say(machine, "1", "y" * 5, "length")
-    assert machine.ready == [machine.trunk] and machine.trunk.budget == 6   # a share of its own, to answer with
-    say(machine, "trunk", "z" * 6, "length")
+    assert machine.ready == [machine.main] and machine.main.budget == 6   # a share of its own, to answer with
+    say(machine, "main", "z" * 6, "length")
     assert machine.done and machine.finish_reason == "length" and not machine.ready
     alone = start(limits=Limits(max_tokens=4))
-    say(alone, "trunk", "1234", "length")
+    say(alone, "main", "1234", "length")
     assert alone.finish_reason == "length" and alone.text == "1234"
-    with pytest.raises(ValueError, match="more than the budget of 4"): say(start(limits=Limits(max_tokens=4)), "trunk", "12345", "length")
+    with pytest.raises(ValueError, match="more than the budget of 4"): say(start(limits=Limits(max_tokens=4)), "main", "12345", "length")
 
 
 def test_many_ids_may_end_a_text():
-    "Each ends the trunk and closes a thread; a thread's is scored and seen by nobody; all are remembered."
+    "Each ends the main thread and closes a thread; a thread's is scored and seen by nobody; all are remembered."
     eos, pad, hash_ = char.eos_token_id, char.pad_token_id, encode_text(char, "#")[0]
     for mode, inside in [("parallel", control_ids(char)["</Outlines>"]), ("sequential", None), ("autoregressive", None)]:
         machine = start(mode=mode, stops=[eos, hash_, pad])
-        assert machine.eos == eos and machine.end is None and set(machine.trunk.stop_ids) - {inside} == {eos, hash_, pad}
-        say(machine, "trunk", "56#")
+        assert machine.eos == eos and machine.end is None and set(machine.main.stop_ids) - {inside} == {eos, hash_, pad}
+        say(machine, "main", "56#")
         assert (machine.finish_reason, machine.end, machine.text) == ("stop", hash_, "56")
         for how in ("parallel", mode):
             assert replay(machine.trajectory, machine.tree.ids[0], char, mode=how, stops=machine.stops, end=machine.end) == machine.tree
     machine = start(stops=[eos, hash_, pad])
-    for step in [("trunk", block("1:a", "2:b", "3:c")), ("1", "x#"), ("2", "y<pad>"), ("3", "z<eos>"), ("trunk", "56<pad>")]: say(machine, *step)
+    for step in [("main", block("1:a", "2:b", "3:c")), ("1", "x#"), ("2", "y<pad>"), ("3", "z<eos>"), ("main", "56<pad>")]: say(machine, *step)
     assert machine.text.endswith("<Thread>1:x</Thread><Thread>2:y</Thread><Thread>3:z</Thread></Parallel>56") and machine.end == pad
     assert [e.rule for e in machine.errors] == ["end of sequence"] * 3
     for i in (hash_, pad, eos):
@@ -331,23 +320,23 @@ def test_many_ids_may_end_a_text():
     assert replay(machine.trajectory, machine.tree.ids[0], char, **options) == machine.tree
     context, completion = units(machine.trajectory, machine.tree.ids[0], char, **options)[-1]
     assert completion[-1] == pad and not {hash_, pad, eos} & set(context)   # what ended a thread is not read again
-    with pytest.raises(ValueError, match="behind a stop token"): say(start(stops=[eos, hash_]), "trunk", "5#6<eos>")
-    assert say(start(), "trunk", "5#6<eos>") == []   # not a stop token unless it is said to be one
+    with pytest.raises(ValueError, match="behind a stop token"): say(start(stops=[eos, hash_]), "main", "5#6<eos>")
+    assert say(start(), "main", "5#6<eos>") == []   # not a stop token unless it is said to be one
 
 
 def test_a_stop_token_counts_even_at_the_limit():
     machine = start()
-    say(machine, "trunk", TWO); say(machine, "1", "a</Thread>", "length"); say(machine, "2", "b</Thread>", "length")
+    say(machine, "main", TWO); say(machine, "1", "a</Thread>", "length"); say(machine, "2", "b</Thread>", "length")
     assert not machine.errors and machine.text.endswith("<Thread>1:a</Thread><Thread>2:b</Thread></Parallel>")
 
 
 def test_wrong_feeds():
     machine = start()
-    with pytest.raises(ValueError, match="no stop token"): say(machine, "trunk", "abc")
-    with pytest.raises(ValueError, match="behind a stop token"): say(machine, "trunk", "a<eos>b")
-    with pytest.raises(ValueError, match="1 logprobs for 2 ids"): say(machine, "trunk", "a<eos>", "stop", [0])
-    say(machine, "trunk", TWO)
-    with pytest.raises(ValueError, match="branch trunk does not want tokens now"): machine.feed(machine.trunk, [machine.eos])
+    with pytest.raises(ValueError, match="no stop token"): say(machine, "main", "abc")
+    with pytest.raises(ValueError, match="behind a stop token"): say(machine, "main", "a<eos>b")
+    with pytest.raises(ValueError, match="1 logprobs for 2 ids"): say(machine, "main", "a<eos>", "stop", [0])
+    say(machine, "main", TWO)
+    with pytest.raises(ValueError, match="branch main does not want tokens now"): machine.feed(machine.main, [machine.eos])
     assert len(machine.tree) == 4   # nothing of this has left a trace
     thread = machine.ready[0]
     machine.cancel(thread)
@@ -364,27 +353,27 @@ def test_names_and_limits():
 def test_control_tokens_in_the_question():
     machine = start(f"what is {TWO}?")
     assert not set(control_ids(char).values()) & set(machine.tree.ids[0])
-    assert say(machine, "trunk", "</Outlines>") == ["trunk"] and machine.errors[0].rule == "close_without_open"
+    assert say(machine, "main", "</Outlines>") == ["main"] and machine.errors[0].rule == "close_without_open"
 
 
 def test_cancel_what_waits():
     machine = start()
-    for step in [("trunk", TWO), ("1", "x" + TWO), ("1.1", "u</Thread>")]: say(machine, *step)
-    machine.cancel(machine.trunk.threads[0], "error")
+    for step in [("main", TWO), ("1", "x" + TWO), ("1.1", "u</Thread>")]: say(machine, *step)
+    machine.cancel(machine.main.threads[0], "error")
     assert [(e.rule, e.path) for e in machine.errors] == [("error", "1.2"), ("error", "1")] and [b.name for b in machine.ready] == ["2"]
-    machine.cancel(machine.trunk)
+    machine.cancel(machine.main)
     assert machine.done and machine.finish_reason == "cancelled" and machine.tree.pack()
 
 
 def test_cancel_takes_every_waiting_thread_below():
     "Thread 1 waits for 1.1, which waits for its own: the innermost are closed and joined first, and nothing that was written is lost."
     machine = start()
-    for step in [("trunk", TWO), ("1", "x" + TWO), ("1.1", "y" + TWO), ("1.1.2", "u")]:
+    for step in [("main", TWO), ("1", "x" + TWO), ("1.1", "y" + TWO), ("1.1.2", "u")]:
         say(machine, *step, *(["length"] if step[1] == "u" else []))
-    machine.cancel(machine.trunk.threads[0])
+    machine.cancel(machine.main.threads[0])
     assert [(e.rule, e.path) for e in machine.errors] == [("length", "1.1.2")] + [("cancelled", p) for p in ("1.1.1", "1.1", "1.2", "1")]
-    assert [b.name for b in machine.branches] == ["trunk", "1", "2"] and [b.name for b in machine.ready] == ["2"]
-    say(machine, "2", "</Thread>"); say(machine, "trunk", "56<eos>")
+    assert [b.name for b in machine.branches] == ["main", "1", "2"] and [b.name for b in machine.ready] == ["2"]
+    say(machine, "2", "</Thread>"); say(machine, "main", "56<eos>")
     inner = f"{TWO}<Thread>1:</Thread><Thread>2:u</Thread></Parallel>"
     middle = f"x{TWO}<Thread>1:y{inner}</Thread><Thread>2:</Thread></Parallel>"
     assert machine.text == f"{TWO}<Thread>1:{middle}</Thread><Thread>2:</Thread></Parallel>56" and not check_format(machine.text)
@@ -393,7 +382,7 @@ def test_cancel_takes_every_waiting_thread_below():
 
 def test_text_while_a_fork_is_open():
     machine = start()
-    say(machine, "trunk", "so " + TWO)
+    say(machine, "main", "so " + TWO)
     assert machine.text == f"so {TWO}<Thread>1:</Thread><Thread>2:</Thread></Parallel>"
     say(machine, "2", "x" + TWO); say(machine, "2.1", "u</Thread>")
     assert machine.trajectory[1].threads[1].body[1].threads[0].body == [Text("u")]
@@ -408,7 +397,7 @@ def test_text_while_a_fork_is_open():
     ("<Conclusion>1</Conclusion><Conclusion>2</Conclusion>", "<Conclusion>1</Conclusion><Conclusion>2</Conclusion>", None)])
 def test_conclusions(text, body, conclusion):
     machine = start()
-    say(machine, "trunk", TWO); say(machine, "1", text + "</Thread>"); say(machine, "2", "</Thread>"); say(machine, "trunk", "<eos>")
+    say(machine, "main", TWO); say(machine, "1", text + "</Thread>"); say(machine, "2", "</Thread>"); say(machine, "main", "<eos>")
     assert machine.trajectory[0].threads[0] == Thread([Text(body)], conclusion)
     assert machine.text == f"{TWO}<Thread>1:{text}</Thread><Thread>2:</Thread></Parallel>"
     assert replay(machine.trajectory, machine.tree.ids[0], char) == machine.tree
@@ -416,11 +405,11 @@ def test_conclusions(text, body, conclusion):
 
 def test_modes():
     c = control_ids(char)
-    seen = {mode: (start(mode=mode).trunk.stop_ids, start(mode=mode).trunk.banned_ids) for mode in MODES}
+    seen = {mode: (start(mode=mode).main.stop_ids, start(mode=mode).main.banned_ids) for mode in MODES}
     eos = char.eos_token_id
     assert seen == {"parallel": ((c["</Outlines>"], eos), ()), "sequential": ((eos,), tuple(c.values())), "autoregressive": ((eos,), ())}
     machine = start()
-    say(machine, "trunk", TWO)
+    say(machine, "main", TWO)
     assert machine.ready[0].stop_ids == (c["</Outlines>"], c["</Thread>"], eos)
 
 

@@ -11,7 +11,7 @@ from threadweaver_ref.cli import app
 from threadweaver_ref.decode import DecodeConfig, generate, reread
 from threadweaver_ref.merges import PARTS, measure, merge_bench, wide_sums
 from threadweaver_ref.tasks import held_out
-from threadweaver_ref.tokens import encode_text
+from threadweaver_ref.tokenizer import encode_text
 
 char = TOKENIZERS["char"]()
 WRITTEN = {"1": "ab</Thread>", "2": "abc<Conclusion>7</Conclusion></Thread>", "3": "</Thread>"}

@@ -33,7 +33,8 @@ from threadweaver_ref.model import (
     unfamiliar,
 )
 from threadweaver_ref.tasks import FAMILIES, get_family, read_jsonl
-from threadweaver_ref.tokens import CONTROL_TOKENS, char_tokenizer, control_ids, encode_prompt
+from threadweaver_ref.format import CONTROL_TOKENS
+from threadweaver_ref.tokenizer import char_tokenizer, control_ids, encode_prompt
 
 TOKENIZER = char_tokenizer()
 

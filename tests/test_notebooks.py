@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from threadweaver_ref.notebook import raises
+from threadweaver_ref.course import raises
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from threadweaver_ref import cli, policy, sft
 from threadweaver_ref.decode import DecodeConfig, generate
-from threadweaver_ref.forkjoin import ForkJoin, Limits, replay, units
+from threadweaver_ref.forkjoin import ForkJoin, Limits
+from threadweaver_ref.replay import replay, units
 from threadweaver_ref.model import add_lora, decoding_copy, load_policy, merge_lora, save_policy
+from threadweaver_ref.draw import live_plot, show_log
 from threadweaver_ref.policy import (
     PGRPO_RECIPES,
     PGRPORecipe,
@@ -31,7 +33,6 @@ from threadweaver_ref.policy import (
     eta,
     group_advantages,
     latency_reward,
-    live_plot,
     measure_policies,
     measure_seconds,
     of_group,
@@ -48,8 +49,10 @@ from threadweaver_ref.policy import (
 from threadweaver_ref.seconds import StepCost
 from threadweaver_ref.sft import SFTConfig
 from threadweaver_ref.tasks import bench, chain, grade, oracle, sum_of_products
-from threadweaver_ref.tokens import Fork, Text, Thread, control_ids, encode_prompt, encode_text, parse, render
-from threadweaver_ref.tree import SpanTree, collate, tree_logprobs
+from threadweaver_ref.format import Fork, Text, Thread, parse, render
+from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
+from threadweaver_ref.scoring import collate, tree_logprobs
+from threadweaver_ref.tree import SpanTree
 
 PROBLEM = sum_of_products([(2, 3), (4, 5)])
 SHORT = Limits(max_tokens=40, max_thread_tokens=12)
@@ -187,7 +190,7 @@ def test_sequential_scores_are_those_of_what_was_drawn_from(monkeypatch):
     config = PGRPOConfig(steps=1, batch=1, group=4, mode="sequential", limits=SHORT, micro_tokens=1)
     rollouts = roll_out(model, tokenizer, [PROBLEM], config)
     train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], config, lively)
-    banned = ForkJoin([0], tokenizer, mode="sequential").trunk.banned_ids
+    banned = ForkJoin([0], tokenizer, mode="sequential").main.banned_ids
     assert control_ids(tokenizer)["<Parallel>"] in banned and all(sorted(b) == sorted(banned) for _, b, _ in found) and len(found) > 1
     lines = {tuple(r.tree.path_ids(len(r.tree) - 1)): r for r in rollouts}
     for batch, _, scores in found:

@@ -10,7 +10,7 @@ from helpers import spied, tiny
 from safetensors.torch import load_file
 
 from threadweaver_ref import sft
-from threadweaver_ref.forkjoin import replay, units
+from threadweaver_ref.replay import replay, units
 from threadweaver_ref.model import add_lora, tiny_model
 from threadweaver_ref.sft import (
     RECIPES,
@@ -31,8 +31,9 @@ from threadweaver_ref.sft import (
     train_sft,
 )
 from threadweaver_ref.tasks import BENCH_FAMILIES, held_out, sum_of_products, trace, training_problem
-from threadweaver_ref.tokens import char_tokenizer, encode_prompt
-from threadweaver_ref.tree import check_model, SpanTree, collate, tree_logprobs
+from threadweaver_ref.tokenizer import char_tokenizer, encode_prompt
+from threadweaver_ref.scoring import check_model, collate, tree_logprobs
+from threadweaver_ref.tree import SpanTree
 
 TOKENIZER = char_tokenizer()
 RUNNING = sum_of_products([(12, 3), (4, 5)])

@@ -6,7 +6,8 @@ from smollm2 import smollm2
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.model import add_lora, decoding_copy, load_policy, save_policy
-from threadweaver_ref.tokens import CONTROL_TOKENS, control_ids, encode_prompt
+from threadweaver_ref.format import CONTROL_TOKENS
+from threadweaver_ref.tokenizer import control_ids, encode_prompt
 
 pytestmark = pytest.mark.slow
 QUESTIONS = [

@@ -11,7 +11,7 @@ from itertools import accumulate, permutations
 import pytest
 
 from threadweaver_ref import tasks
-from threadweaver_ref.forkjoin import replay, units
+from threadweaver_ref.replay import replay, units
 from threadweaver_ref.gsm8k import read_jsonl
 from threadweaver_ref.tasks import (
     BENCH_FAMILIES,
@@ -47,7 +47,8 @@ from threadweaver_ref.tasks import (
     write_bench,
     write_gsm8k,
 )
-from threadweaver_ref.tokens import COLUMNS, Fork, Text, char_tokenizer, check_format, encode_prompt, render
+from threadweaver_ref.format import Fork, Text, check_format, render
+from threadweaver_ref.tokenizer import COLUMNS, char_tokenizer, encode_prompt
 
 PYTHON = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 TOKENIZER = char_tokenizer()

@@ -9,7 +9,7 @@ import pytest
 from helpers import DATA
 
 from threadweaver_ref.model import load_policy, save_policy, shipped_policies, tiny_model
-from threadweaver_ref.tokens import char_tokenizer
+from threadweaver_ref.tokenizer import char_tokenizer
 
 TEXTS = ["12*3+4*5?", "a=48/2;b=a+7;b?", "<Parallel><Outlines><Outline>1:a=1*2</Outline>", "nothing it knows: ö\n"]
 READ = """

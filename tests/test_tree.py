@@ -8,22 +8,14 @@ import transformers
 from helpers import ARCHITECTURES, TOKENIZERS, alone, random_forks, random_text, rngs, thread_paths, tiny
 from torch.nn.attention.flex_attention import flex_attention
 
-from threadweaver_ref.forkjoin import _at, play, replay, units
-from threadweaver_ref.merge import JOINS
-from threadweaver_ref.tokens import Text, encode_prompt, encode_text
-from threadweaver_ref.tree import (
-    SpanTree,
-    block_kinds,
-    collate,
-    collate_blocks,
-    forest,
-    show_mask,
-    show_tree,
-    span_lanes,
-    tree_block_mask,
-    tree_logprobs,
-    tree_mask,
-)
+from threadweaver_ref.replay import _at
+from threadweaver_ref.replay import play, replay, units
+from threadweaver_ref.joins import JOINS
+from threadweaver_ref.format import Text
+from threadweaver_ref.tokenizer import encode_prompt, encode_text
+from threadweaver_ref.draw import show_mask, show_tree, span_lanes
+from threadweaver_ref.scoring import block_kinds, collate, collate_blocks, forest, tree_block_mask, tree_logprobs
+from threadweaver_ref.tree import SpanTree, tree_mask
 
 
 def random_tree(rng, spans=12, tokens=8, merges=True):

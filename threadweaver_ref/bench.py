@@ -18,7 +18,7 @@ from threadweaver_ref.decode import DecodeConfig, Decoder, generate
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.sft import RECIPES, packing_counts
 from threadweaver_ref.tasks import BENCH_FAMILIES, bench, grade, oracle, sums
-from threadweaver_ref.tokens import control_ids, encode_prompt, encode_text
+from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
 
 
 def provenance(seed=None) -> dict:
@@ -95,7 +95,7 @@ def table(rows: dict) -> str:
 
 
 class _Fork:
-    "A hook: the trunk forks at once into so many threads (none for 1), and none of them ever stops."
+    "A hook: the main thread forks at once into so many threads (none for 1), and none of them ever stops."
     def __init__(self, tokenizer, branches):
         outlines = "".join(f"<Outline>{i}:a</Outline>" for i in range(1, branches + 1))
         self.block = encode_text(tokenizer, f"<Parallel><Outlines>{outlines}</Outlines>") if branches > 1 else []

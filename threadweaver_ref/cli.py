@@ -18,7 +18,7 @@ POLICY = "tiny-sft"
 
 def _lines(nodes, indent=""):
     "A trajectory as text, one line a thread, inner forks indented."
-    from threadweaver_ref.tokens import Text
+    from threadweaver_ref.format import Text
     for node in nodes:
         if isinstance(node, Text): yield f"{indent}{node.text}"
         else:
@@ -108,7 +108,8 @@ def demo(
     import matplotlib
     matplotlib.use("Agg")
     from threadweaver_ref.bench import compare, mixed_problems, provenance, table
-    from threadweaver_ref.decode import DecodeConfig, show_timeline
+    from threadweaver_ref.decode import DecodeConfig
+    from threadweaver_ref.draw import show_timeline
     from threadweaver_ref.model import load_policy
     _writable(out / "demo.json")
     model, tokenizer = load_policy(policy)

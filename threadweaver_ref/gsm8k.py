@@ -15,6 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from string import ascii_letters
 
+from fastcore.basics import patch
+
 # %% ../nbs/02b_gsm8k.ipynb #2d9b5c1f
 _CALCULATION = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 
@@ -55,14 +57,14 @@ class _Builder:
         return name
 
 # %% ../nbs/02b_gsm8k.ipynb #0dd49093
-class _Builder(_Builder):
-    def operand(self, node):
-        "A step's name or an integer, for a node of a parsed expression."
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)): return self.ratio(node)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
-            return self.step("+" if isinstance(node.op, ast.Add) else "-", self.operand(node.left), self.operand(node.right))
-        if not isinstance(node, ast.Constant) or not isinstance(node.value, int): raise LeftOut("a number is not whole")
-        return self.seen.get(node.value, node.value)
+@patch
+def operand(self:_Builder, node):
+    "A step's name or an integer, for a node of a parsed expression."
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)): return self.ratio(node)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+        return self.step("+" if isinstance(node.op, ast.Add) else "-", self.operand(node.left), self.operand(node.right))
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, int): raise LeftOut("a number is not whole")
+    return self.seen.get(node.value, node.value)
 
 # %% ../nbs/02b_gsm8k.ipynb #c304fd40
 def _flatten(node, up=True):
@@ -75,32 +77,32 @@ def _flatten(node, up=True):
     return [(node, up)]
 
 # %% ../nbs/02b_gsm8k.ipynb #1ac4ec7e
-class _Builder(_Builder):
-    def ratio(self, node):
-        "Multiply and divide from left to right, putting off a division that does not come out whole."
-        waiting, value = [], None
-        for part, up in _flatten(node):
-            operand = self.operand(part)
-            if operand == 1: continue
-            if not up: waiting.append(operand)
-            elif value is None: value = operand
-            else: value = self.step("*", value, operand)
-            if value is not None: value, waiting = self.divide(value, waiting)
-        if waiting or value is None: raise LeftOut("a division leaves a remainder")
-        return value
+@patch
+def ratio(self:_Builder, node):
+    "Multiply and divide from left to right, putting off a division that does not come out whole."
+    waiting, value = [], None
+    for part, up in _flatten(node):
+        operand = self.operand(part)
+        if operand == 1: continue
+        if not up: waiting.append(operand)
+        elif value is None: value = operand
+        else: value = self.step("*", value, operand)
+        if value is not None: value, waiting = self.divide(value, waiting)
+    if waiting or value is None: raise LeftOut("a division leaves a remainder")
+    return value
 
 # %% ../nbs/02b_gsm8k.ipynb #636f3219
-class _Builder(_Builder):
-    def divide(self, value, waiting):
-        "Divide `value` by all that comes out whole; returns the result and what still waits."
-        left = []
-        for d in waiting:
-            n, whole = self.value(d), self.value(value)
-            if n == 0 or whole % n: left.append(d)
-            elif isinstance(d, str) and n > 10: raise LeftOut("divides by a result above 10")
-            else:
-                for f in [d] if isinstance(d, str) else _factors(d): value = self.step("/", value, f)
-        return value, left
+@patch
+def divide(self:_Builder, value, waiting):
+    "Divide `value` by all that comes out whole; returns the result and what still waits."
+    left = []
+    for d in waiting:
+        n, whole = self.value(d), self.value(value)
+        if n == 0 or whole % n: left.append(d)
+        elif isinstance(d, str) and n > 10: raise LeftOut("divides by a result above 10")
+        else:
+            for f in [d] if isinstance(d, str) else _factors(d): value = self.step("/", value, f)
+    return value, left
 
 # %% ../nbs/02b_gsm8k.ipynb #0beba59f
 def _needed(steps, name):

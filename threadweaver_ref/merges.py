@@ -18,7 +18,7 @@ from .decode import DecodeConfig, generate, reread
 from .forkjoin import Limits
 from .model import load_policy
 from .tasks import bench, count_tokens, grade, held_out, sums, trace
-from .tokens import render
+from .format import render
 
 # %% ../nbs/08b_merges.ipynb #d661790e
 POLICIES = {"concat": "tiny-sft-nested", "result": "tiny-sft-result", "kv": "tiny-sft-kv"}   # the policy of every join

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PGRPO_RECIPES', 'eta', 'reward', 'group_advantages', 'pgrpo_loss', 'repeats', 'behaviour', 'by_family', 'score_group',
-           'PGRPOConfig', 'roll_out', 'answers', 'train_pgrpo', 'decisions', 'show_log', 'live_plot', 'self_train',
-           'of_group', 'token_latency', 'latency_reward', 'PGRPORecipe', 'validation', 'train_pgrpo_recipe',
-           'step_bench', 'measure_policies', 'measure_seconds']
+           'PGRPOConfig', 'roll_out', 'answers', 'train_pgrpo', 'decisions', 'self_train', 'of_group', 'token_latency',
+           'latency_reward', 'PGRPORecipe', 'validation', 'train_pgrpo_recipe', 'step_bench', 'measure_policies',
+           'measure_seconds']
 
 # %% ../nbs/09_policy.ipynb #d073db8d
 import functools
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -34,7 +33,7 @@ from .model import add_lora, decoding_copy, load_policy
 from .seconds import cpu_seconds
 from .sft import SFTConfig, _check_training, _describe, _digest, _train, _update, micro_batches, step_problems, train_sft
 from .tasks import BENCH_FAMILIES, allowed, bench, grade, oracle, training_problem
-from .tokens import Fork
+from .format import Fork
 
 # %% ../nbs/09_policy.ipynb #42a5702b
 def eta(rollout) -> float:
@@ -223,7 +222,7 @@ def _agree(rewards):
 
 def _banned(tokenizer, config):
     "What decoding may not write in this mode: it has no share in the probabilities of what was written."
-    return list(ForkJoin([0], tokenizer, config.join, mode=config.mode).trunk.banned_ids)
+    return list(ForkJoin([0], tokenizer, config.join, mode=config.mode).main.banned_ids)
 
 def _one_step(step, wrapped, optimizers, accelerator, tokenizer, problems, config, reward):
     "Rollouts, rewards, advantages, gradient: a row of the log."
@@ -275,33 +274,6 @@ def decisions(rng, step):
     options = {"gsm8k": dict(redraw=rng.random() < .5), "sums": dict(n=n, digits=digits),
                "chain": dict(n=2), "product": dict(n=3, digits=1), "nested": {}}[name]
     return training_problem(rng, [name], **options)
-
-# %% ../nbs/09_policy.ipynb #0a233ffc
-def show_log(log, axes=None, label=None, window=5):
-    "Draw a log: right, forks by whether they pay, work done twice, token latency; running means over `window` steps. Returns the axes."
-    panels = ("accuracy",), ("fork_rate_pays", "fork_rate_never"), ("repeats",), ("token_latency",)
-    if axes is None:   # four given ones keep their meaning, whatever a log lacks
-        panels = [keys for keys in panels if any(r.get(keys[0]) is not None for r in log)]
-        axes = plt.subplots(1, len(panels), figsize=(10, 2.6), layout="constrained")[1]
-    for ax, keys in zip(axes, panels):
-        for key, style in zip(keys, ("-", "--")):
-            rows = [(r["step"], r[key]) for r in log if r.get(key) is not None]
-            smooth = [statistics.fmean(v for _, v in rows[max(0, i + 1 - window):i + 1]) for i in range(len(rows))]
-            ax.plot([s for s, _ in rows], smooth, style, label=f"{label or ''} {key}".strip().replace("_", " "))
-        ax.set(xlabel="step"); ax.grid(alpha=.3); ax.legend(fontsize=7)
-    return axes
-
-def live_plot(every=1):
-    "An `on_step` that redraws `show_log` in a notebook."
-    from IPython.display import display
-    rows, handle = [], display(display_id=True)
-    def on_step(step, row):
-        rows.append(row)
-        if step % every: return
-        axes = show_log(rows)
-        handle.update(axes[0].figure)
-        plt.close(axes[0].figure)
-    return on_step
 
 # %% ../nbs/09_policy.ipynb #4fa4c672
 def _worth_keeping(rollouts, problem, reward):

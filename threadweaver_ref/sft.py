@@ -29,12 +29,13 @@ from accelerate.utils import extract_model_from_parallel, parse_flag_from_env, s
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from .forkjoin import replay, units
-from .merge import get_join
+from .replay import replay, units
+from .joins import get_join
 from .model import CALCULATIONS, SIZES, SUMS, load_policy, shipped_policies, tiny_model
 from .tasks import BENCH_FAMILIES, FORKS, allowed, trace, training_problem
-from .tokens import char_tokenizer, encode_prompt
-from .tree import SpanTree, check_model, collate, collate_blocks, plain, tree_logprobs
+from .tokenizer import char_tokenizer, encode_prompt
+from .scoring import check_model, collate, collate_blocks, plain, tree_logprobs
+from .tree import SpanTree
 
 # %% ../nbs/07_sft.ipynb #e3056ac1
 def packing_counts(problem, tokenizer, fork=True, join="concat") -> tuple:

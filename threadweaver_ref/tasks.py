@@ -22,7 +22,8 @@ from pathlib import Path
 import threadweaver_ref
 
 from .gsm8k import LeftOut, gsm8k_steps, read_jsonl, write_gsm8k, write_jsonl  # noqa: F401
-from .tokens import CARRIED, COLUMNS, CONTROL_TOKENS, LEFT, RIGHT, Fork, Text, Thread
+from .format import CONTROL_TOKENS, Fork, Text, Thread
+from .tokenizer import CARRIED, COLUMNS, LEFT, RIGHT
 
 # %% ../nbs/02_tasks.ipynb #9943a22e
 NAMES = string.ascii_letters  # of the steps: a, b, ... z, A, ... Z

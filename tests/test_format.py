@@ -12,26 +12,8 @@ from helpers import bpe_tokenizer as gsm8k_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from threadweaver_ref.tokens import (
-    CONTROL_TOKENS,
-    MAX_NESTING,
-    RULES,
-    Fork,
-    FormatError,
-    Text,
-    Thread,
-    add_control_tokens,
-    char_tokenizer,
-    check_format,
-    control_ids,
-    encode_prompt,
-    encode_text,
-    parse,
-    parse_outlines,
-    render,
-    stop_ids,
-    untrained_rows,
-)
+from threadweaver_ref.format import CONTROL_TOKENS, MAX_NESTING, RULES, Fork, FormatError, Text, Thread, check_format, parse, parse_outlines, render
+from threadweaver_ref.tokenizer import add_control_tokens, char_tokenizer, control_ids, encode_prompt, encode_text, stop_ids, untrained_rows
 
 BLOCK = ("<Parallel><Outlines><Outline>1:a</Outline><Outline>2:b</Outline></Outlines>"
          "<Thread>1:x</Thread><Thread>2:y</Thread></Parallel>")
