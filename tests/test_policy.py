@@ -71,7 +71,7 @@ def test_reward_by_hand(latency, total, expected):
 
 def test_eta_counts_no_prompt():
     "Of a real rollout, from its text alone: what runs beside the longest thread, over all that was written. An empty one has none."
-    model, tokenizer = load_policy("tiny-sft", device="cpu")
+    model, tokenizer = load_policy("schoolbook-sft", device="cpu")
     r, = generate(model, tokenizer, ["12*3+4*5+67*8?"])
     size = lambda text: len(encode_text(tokenizer, text))
     fork, = [n for n in parse(r.text) if isinstance(n, Fork)]
@@ -361,7 +361,7 @@ def test_seconds_by_hand():
 @pytest.mark.parametrize("join", ("concat", "result", "kv"))
 def test_load_of_real_rollouts(join):
     "What a decoder notes of each step: live branches as on the timeline, at most as many slots as were in use at the peak."
-    model, tokenizer = load_policy("tiny-sft", device="cpu")
+    model, tokenizer = load_policy("schoolbook-sft", device="cpu")
     for r in generate(model, tokenizer, ["12*3+4*5?", "347*6+58*9+21*74?", "7*8?"], DecodeConfig(join=join)):
         assert len(r.load) == r.decode_steps - 1 and max(slots for _, slots in r.load) == r.peak_slots
         lines = [(i.start, i.end) for i in r.timeline]
@@ -590,7 +590,7 @@ def test_a_run_goes_on_with_its_own_reward_only(tmp_path):
 def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     "`threadweaver-ref train tiny-rl`: two folders, with the same logits; the merged one needs no peft."
     config = PGRPOConfig(steps=1, batch=1, group=2, limits=Limits(300, 150), lr=1e-2)
-    recipe = PGRPORecipe(lively, config, self_training=2, rounds=2, selection=2, selections=1, start="tiny-sft", problems=lambda rng, step: PROBLEM)
+    recipe = PGRPORecipe(lively, config, self_training=2, rounds=2, selection=2, selections=1, start="schoolbook-sft", problems=lambda rng, step: PROBLEM)
     monkeypatch.setitem(PGRPO_RECIPES, "tiny-rl", recipe)
     folders = ["--out", str(tmp_path / "rl"), "--runs", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["threadweaver-ref", "train", "tiny-rl", "--seed", "3", *folders])
@@ -601,7 +601,7 @@ def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     for k in (1, 2): assert [json.loads(r)["step"] for r in (trained / f"round-{k}" / "log.jsonl").open()] == [1, 2]   # both rollouts, twice
     assert (run / "selection-1" / "log.jsonl").is_file() and not (run / "selection-2").exists()
     assert '"seed": 3' in next(run.glob("step-*/step.json")).read_text()
-    adapted, tokenizer = load_policy("tiny-sft", adapter=tmp_path / "rl", device="cpu")
+    adapted, tokenizer = load_policy("schoolbook-sft", adapter=tmp_path / "rl", device="cpu")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "rl-merged")
     ids = torch.tensor([encode_prompt(tokenizer, PROBLEM.question)])
     with torch.no_grad(): assert (adapted(ids).logits - merged(ids).logits).abs().max() < 1e-4
@@ -621,7 +621,7 @@ def test_self_training_keeps_the_best_of_every_group():
 
 def test_runs_that_begin_alike_share_their_self_training(tmp_path, monkeypatch):
     config = PGRPOConfig(steps=1, batch=1, group=2, limits=Limits(300, 150), lr=1e-9)
-    recipe = PGRPORecipe(lively, config, self_training=2, rounds=1, selection=0, start="tiny-sft", problems=lambda rng, step: PROBLEM)
+    recipe = PGRPORecipe(lively, config, self_training=2, rounds=1, selection=0, start="schoolbook-sft", problems=lambda rng, step: PROBLEM)
     for name in ("tiny-rl", "tiny-rl-eq7"): monkeypatch.setitem(PGRPO_RECIPES, name, recipe)
     first, *_ = train_pgrpo_recipe("tiny-rl", tmp_path)
     monkeypatch.setattr(policy, "self_train", None)   # would fail
@@ -690,16 +690,16 @@ def test_tensorboard(tmp_path):
 
 def test_policies_are_measured(tmp_path, monkeypatch):
     "Adapters of two recipes and two seeds: one row for each mode, and speedups where both answers are right."
-    model, tokenizer = load_policy("tiny-sft", device="cpu")
+    model, tokenizer = load_policy("schoolbook-sft", device="cpu")
     adapter = add_lora(copy.deepcopy(model), r=2)   # as it starts: it changes nothing
-    recipes = {"tiny-rl": PGRPORecipe(lively, PGRPOConfig(), start="tiny-sft"),
-               "tiny-rl-sequential": PGRPORecipe(lively, PGRPOConfig(mode="sequential"), start="tiny-sft")}
+    recipes = {"tiny-rl": PGRPORecipe(lively, PGRPOConfig(), start="schoolbook-sft"),
+               "tiny-rl-sequential": PGRPORecipe(lively, PGRPOConfig(mode="sequential"), start="schoolbook-sft")}
     monkeypatch.setattr(policy, "PGRPO_RECIPES", recipes)
     monkeypatch.setattr(policy, "BENCH_FAMILIES", families := ("gsm8k", "sums"))
     for folder in ("tiny-rl", "tiny-rl-sequential", "seed-2/tiny-rl"): save_policy(adapter, tokenizer, tmp_path / folder / "policy")
     found = measure_policies(tmp_path, 1)
     assert [(r["recipe"], r["seed"], r["mode"]) for r in found["policies"]] == [
-        ("tiny-sft", 0, "parallel"), ("tiny-rl", 0, "parallel"), ("tiny-rl-sequential", 0, "sequential"),
+        ("schoolbook-sft", 0, "parallel"), ("tiny-rl", 0, "parallel"), ("tiny-rl-sequential", 0, "sequential"),
         ("tiny-rl-sequential", 0, "parallel"), ("tiny-rl", 2, "parallel")]
     start, rl, baseline, unbound, other = [r["families"] for r in found["policies"]]
     assert start == rl == unbound == other and baseline["all"]["fork_rate"] == 0 < rl["all"]["fork_rate"]

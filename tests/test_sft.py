@@ -536,7 +536,7 @@ def test_recipes(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "tiny-base", replace(RECIPES["tiny-base"], start="small"))
     with pytest.raises(ValueError, match="started from other weights"): train_recipe("tiny-base", runs=tmp_path, steps=1, batch=2)
     monkeypatch.undo()
-    model, _, log = train_recipe("tiny-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)   # its earlier stages come first
+    model, _, log = train_recipe("schoolbook-sft", runs=tmp_path, steps=1, batch=2, sequential=1., autoregressive=0.)   # its earlier stages come first
     assert log == []   # it is the mean of three of them
     last = [load_file(tmp_path / f"tiny-sft-{n}" / "step-000001" / "model.safetensors") for n in ("sixth", "seventh", "eighth")]
     assert all(torch.allclose(w, sum(x[k] for x in last) / 3, atol=1e-6) for k, w in model.state_dict().items() if k in last[0])
@@ -546,7 +546,7 @@ def test_recipes(tmp_path, monkeypatch):
     stages = "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"
     others = ("random", "wide", "nested", *(f"nested-{n}" for n in stages[:6]),
               "result", *(f"result-{n}" for n in stages[:5]), "kv", *(f"kv-{n}" for n in stages[:2]))
-    assert set(RECIPES) == {"tiny-base", "tiny-sft", *(f"tiny-sft-{n}" for n in stages + others), "tiny-window"}
+    assert set(RECIPES) == {"tiny-base", "schoolbook-sft", *(f"tiny-sft-{n}" for n in stages + others), "tiny-window"}
     assert all((tmp_path / f"tiny-sft-{n}" / "step-000001").is_dir() for n in stages)
 
 

@@ -13,7 +13,7 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Adaptive parallel reasoning: fork, decode in one batch, join, answer.")
-POLICY = "tiny-sft"
+POLICY = "schoolbook-sft"
 
 
 def _lines(nodes, indent=""):
