@@ -111,14 +111,14 @@ def product(rng, n=None, digits=2) -> Problem:
     n = n or rng.randint(3, 5)
     return product_of([draw_number(rng, rng.randint(1, digits)) for _ in range(n)])
 
-# %% ../nbs/09_schoolbook.ipynb #4df1518a
+# %% ../nbs/09_schoolbook.ipynb #f877847a
 _BRACKET = re.compile(r"\((\w+)([-+*])(\w+)\)")
 
 def _operand(text): return int(text) if text.isdigit() else text
 
 def bracketed(expression: str) -> Problem:
     "`((2+3)*(10-4))?`: each bracket holds two terms. Raises `ValueError` for anything else."
-    rest, known, steps, before = expression, {}, [], ()
+    rest, known, steps, before = re.sub("[^0-9()+*-]", "?", expression), {}, [], ()   # no letters but those that stand for a bracket
     while brackets := _BRACKET.findall(rest):
         if len(known) + len(brackets) > len(ascii_letters): raise ValueError(f"more than {len(ascii_letters)} brackets")
         operations = [(n, op, (_operand(a), _operand(b))) for n, (a, op, b) in zip(ascii_letters[len(known):], brackets)]
@@ -154,11 +154,11 @@ def schoolbook(
     if family is not None and family not in FAMILIES: raise ValueError(f"unknown family {family!r}: choose one of {allowed(FAMILIES)}")
     return FAMILIES[family or rng.choice([*FAMILIES])](rng, **options)
 
-# %% ../nbs/09_schoolbook.ipynb #ee497ad7
+# %% ../nbs/09_schoolbook.ipynb #0423205b
 def _operations(text, question):
     "`a=48/2;b=48+a;b` as operations."
     *parts, asked = text.split(";")
-    found = [re.fullmatch(r"([a-zA-Z])=(\d+|[a-zA-Z])([-+*/])(\d+|[a-zA-Z])", part) for part in parts]
+    found = [re.fullmatch("([a-zA-Z])=([0-9]+|[a-zA-Z])([-+*/])([0-9]+|[a-zA-Z])", part) for part in parts]
     if None in found or asked != found[-1][1]: raise ValueError(f"{question!r} does not ask for the last of steps such as a=48/2")
     return [(m[1], m[3], (_operand(m[2]), _operand(m[4]))) for m in found]
 
@@ -173,9 +173,9 @@ def from_question(
         operations = _operations(text, question)
         in_line = all(o[2][0] == before[0] and isinstance(o[2][1], int) for before, o in zip(operations, operations[1:]))
         return program(operations, family or ("chain" if in_line else "gsm8k"))
-    if re.fullmatch(r"\d+\*\d+(\+\d+\*\d+)*", text) and ("+" in text or family == "sums"):
+    if re.fullmatch(r"[0-9]+\*[0-9]+(\+[0-9]+\*[0-9]+)*", text) and ("+" in text or family == "sums"):
         return sum_of_products([tuple(map(int, pair.split("*"))) for pair in text.split("+")], subtotals)
-    if re.fullmatch(r"\d+(\*\d+)+", text): return product_of(list(map(int, text.split("*"))))
+    if re.fullmatch(r"[0-9]+(\*[0-9]+)+", text): return product_of(list(map(int, text.split("*"))))
     if text.startswith("("): return bracketed(text)
     raise ValueError(f"{question!r} is no schoolbook question, such as 12*3+4*5? or a=48/2;b=48+a;b?")
 

@@ -144,7 +144,7 @@ class WheneverReady:
         "The trajectory of `problem`."
         return flat(problem, [S for level in levels(problem.steps) for S in _widest(level)], self.conclude)
 
-# %% ../nbs/08_steps.ipynb #b828080b
+# %% ../nbs/08_steps.ipynb #d9522691
 def ready_steps(
     steps,  # `Step`s
     done,   # a set of names
@@ -152,6 +152,7 @@ def ready_steps(
     "The steps that are not done, while all that they need is done."
     return [s for s in steps if s.name not in done and done.issuperset(s.needs)]
 
+# %% ../nbs/08_steps.ipynb #ab16b1ec
 @dataclass(frozen=True)
 class RandomForks:
     "At each moment: with probability `p` a fork of a random part of what is ready, otherwise the next step."
@@ -188,7 +189,7 @@ def _ends(steps):
     "The steps that no other one of them needs."
     return [s for s in steps if not any(s.name in t.needs for t in steps)]
 
-# %% ../nbs/08_steps.ipynb #f316b343
+# %% ../nbs/08_steps.ipynb #9947e2b6
 def _is_thread(part, problem):
     "Does the part end in one step with an outline, and is nothing else of it read outside?"
     names, end = {s.name for s in part}, _ends(part)[-1]
@@ -197,6 +198,7 @@ def _is_thread(part, problem):
 
 def _without(steps, gone): return [s for s in steps if s not in gone]
 
+# %% ../nbs/08_steps.ipynb #e92654d2
 @dataclass(frozen=True)
 class Grouped:
     "Independent parts of the problem as threads, which may fork again."
