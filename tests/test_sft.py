@@ -546,7 +546,7 @@ def test_recipes(tmp_path, monkeypatch):
     stages = "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"
     others = ("random", "wide", "nested", *(f"nested-{n}" for n in stages[:6]),
               "result", *(f"result-{n}" for n in stages[:5]), "kv", *(f"kv-{n}" for n in stages[:2]))
-    assert set(RECIPES) == {"tiny-base", "schoolbook-sft", *(f"tiny-sft-{n}" for n in stages + others), "tiny-window"}
+    assert set(RECIPES) == {"tiny-base", "schoolbook-sft", *(f"tiny-sft-{n}" for n in stages + others)}
     assert all((tmp_path / f"tiny-sft-{n}" / "step-000001").is_dir() for n in stages)
 
 

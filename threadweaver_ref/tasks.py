@@ -525,10 +525,13 @@ def nested(rng, depth=None) -> Problem:
 
 # %% ../nbs/02_tasks.ipynb #0057e01d
 def data_dir() -> Path:
-    "The folder `data/` beside the package, or `$THREADWEAVER_DATA`. Raises `FileNotFoundError` if there is none."
-    path = Path(os.environ.get("THREADWEAVER_DATA", Path(threadweaver_ref.__file__).resolve().parent.parent / "data"))
-    if not path.is_dir(): raise FileNotFoundError(f"no data folder at {path}: clone the repository, or set THREADWEAVER_DATA")
-    return path
+    "The folder of the shipped data: `$THREADWEAVER_DATA`, or `data/` inside the package or beside it. Raises `FileNotFoundError`."
+    package = Path(threadweaver_ref.__file__).resolve().parent
+    given = os.environ.get("THREADWEAVER_DATA")
+    places = [Path(given)] if given else [package / "data", package.parent / "data"]
+    for path in places:
+        if path.is_dir(): return path
+    raise FileNotFoundError(f"no data folder at {places[-1]}: install the wheel, clone the repository, or set THREADWEAVER_DATA")
 
 @functools.cache
 def gsm8k_graphs(split: str) -> list:
