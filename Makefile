@@ -4,9 +4,8 @@ BIN := .venv/bin
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1
-POLICIES := tiny-base tiny-sft tiny-sft-random tiny-sft-wide tiny-sft-nested tiny-sft-result tiny-sft-kv tiny-window tiny-rl
 
-.PHONY: demo test test-slow mutants lab readme train clean
+.PHONY: demo test test-slow mutants lab readme clean
 
 .venv/ready: settings.ini constraints.txt setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -28,7 +27,7 @@ test-slow: .venv/ready
 	$(ENV) $(ONE_THREAD) python -m pytest tests -q -n $(WORKERS) --slow
 
 # Hours: does a test fail for every small change of a line?  Ends with those that no test saw
-# (`mutmut show NAME` shows one; LOG.md says which change nothing).  Some only: make mutants ONLY='threadweaver_ref.policy.x_eta*'
+# (`mutmut show NAME` shows one; LOG.md says which change nothing).  Some only: make mutants ONLY='threadweaver_ref.reward.x_eta*'
 mutants: .venv/ready
 	$(ENV) mutmut run --max-children 1 $(ONLY)
 	$(ENV) mutmut results
@@ -40,9 +39,6 @@ readme: .venv/ready
 	$(ENV) jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags hide-input
 	sed -i.bak -E 's#\]\(([0-9a-z_]+\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' README.md && rm README.md.bak
-
-train: .venv/ready
-	for name in $(POLICIES); do $(ENV) threadweaver-ref train $$name --out data/policies/$$name || exit; done
 
 clean:
 	rm -rf demo _proc .pytest_cache .ruff_cache

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = {"cli.py", "bench.py", "notebook.py"}   # modules that no notebook makes
+PLAIN = {"cli.py"}   # modules that no notebook makes
 
 
 def drift(copy) -> list:
@@ -45,7 +45,7 @@ def stale_readme() -> list:
 
 def main():
     with tempfile.TemporaryDirectory() as folder: found = drift(Path(folder) / "copy")
-    for path in sorted((ROOT / "nbs").glob("[!_]*.ipynb")): found += debris(path)   # one that starts with _ is a draft
+    for path in sorted((ROOT / "nbs").rglob("[!_]*.ipynb")): found += debris(path)   # one that starts with _ is a draft
     found += stale_readme()
     print("\n".join(found) or "notebooks and modules agree; no debris")
     sys.exit(bool(found))

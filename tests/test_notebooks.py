@@ -69,7 +69,7 @@ def test_the_install_cell_comes_first_and_takes_no_bare_folder_for_the_package(t
             cells[path.name] = code[1]
             assert code[0].startswith("#| default_exp") and "find_spec" in code[1], path.name
     assert len(set(cells.values())) == 1
-    asked = re.search(r"^if (.*):   #", code := cells["01_tokens.ipynb"], re.MULTILINE)[1]
+    asked = re.search(r"^if (.*):   #", code := cells["01_format.ipynb"], re.MULTILINE)[1]
     assert "sys.path.insert" in code and "git clone" in code
     (tmp_path / "threadweaver_ref").mkdir()
     for folder, missing in [(tmp_path, True), (ROOT, False)]:

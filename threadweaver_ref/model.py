@@ -134,7 +134,7 @@ def _reason(error):
     return said or type(error).__name__
 
 def load_policy(
-    path_or_name,  # a folder, a shipped policy such as "tiny-sft", or a hub name such as "Qwen/Qwen3-0.6B"; a LoRA adapter brings its base
+    path_or_name,  # a folder, a shipped policy such as "schoolbook-sft", or a hub name such as "Qwen/Qwen3-0.6B"; a LoRA adapter brings its base
     adapter=None,  # a LoRA adapter to put on top: a folder or a shipped name
     device=None,   # default: `best_device()`
     dtype=None,    # default: float32 on a CPU, otherwise what the checkpoint says

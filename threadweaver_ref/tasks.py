@@ -21,7 +21,8 @@ from pathlib import Path
 
 import threadweaver_ref
 
-from .gsm8k import LeftOut, gsm8k_steps, read_jsonl, write_gsm8k, write_jsonl  # noqa: F401
+from .domains import read_rows as read_jsonl, write_rows as write_jsonl
+from .gsm8k import LeftOut, gsm8k_steps, write_gsm8k  # noqa: F401
 from .format import CONTROL_TOKENS, Fork, Text, Thread
 from .tokenizer import CARRIED, COLUMNS, LEFT, RIGHT
 
