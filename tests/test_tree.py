@@ -13,7 +13,6 @@ from threadweaver_ref.replay import play, replay, units
 from threadweaver_ref.joins import JOINS
 from threadweaver_ref.format import Text
 from threadweaver_ref.tokenizer import encode_prompt, encode_text
-from threadweaver_ref.draw import show_mask, show_tree, span_lanes
 from threadweaver_ref.scoring import block_kinds, collate, collate_blocks, forest, tree_block_mask, tree_logprobs
 from threadweaver_ref.tree import SpanTree, tree_mask
 
@@ -67,6 +66,49 @@ def test_bad_spans():
     with pytest.raises(ValueError, match="nothing to pack"): tree.pack()
 
 
+def above(tree):
+    "For every token the tokens right above it, in the order of the parents."
+    first = [sum(map(len, tree.ids[:s])) for s in range(len(tree) + 1)]
+    return [[first[p + 1] - 1 for p in tree.parents[s]] if k == 0 else [first[s] + k - 1] for s, ids in enumerate(tree.ids) for k in range(len(ids))]
+
+
+def test_positions_and_predictors_from_their_definitions():
+    "pos(i) = 1 + max pos(parents); the furthest parent predicts, the first of several as far."
+    for rng in rngs(60, "predictors"):
+        tree = random_tree(rng, spans=16)
+        packed, pos, predictor = tree.pack(), [], []
+        for parents in above(tree):
+            pos.append(1 + max((pos[p] for p in parents), default=-1))
+            predictor.append(next((p for p in parents if pos[p] == pos[-1] - 1), -1))
+        assert packed.position_ids.tolist() == pos and packed.parent_index.tolist() == predictor
+        assert tree_mask(packed)[packed.parent_index >= 0, packed.parent_index[packed.parent_index >= 0]].all()   # it is seen, too
+
+
+def test_a_path_is_what_a_span_sees():
+    "Each ancestor once, parents before children; of several parents, the line of the first comes first."
+    for rng in rngs(40, "path"):
+        tree = random_tree(rng)
+        for s in range(len(tree)):
+            path = tree.path(s)
+            assert sorted(path) == tree.ancestors[s].nonzero()[:, 0].tolist() and path[-1] == s
+            assert all(path.index(p) < path.index(t) for t in path for p in tree.parents[t])
+            assert tree.path_ids(s) == [i for t in path for i in tree.ids[t]]
+    tree = tiny_tree()
+    assert tree.path(4) == [0, 1, 2, 4] and tree.path(5, after=0) == [1, 3, 5] and tree.path_ids(4) == [1, 2, 3, 4, 5, 7]
+
+
+def test_scored_keeps_what_a_sampled_token_sees():
+    for rng in rngs(40, "scored"):
+        tree = random_tree(rng)
+        for s in range(len(tree)): tree.ids[s] = [*tree.ids[s], 1000 + s]   # so that spans can be told apart
+        seen = {s for t in range(len(tree)) if tree.sampled[t] for s in tree.path(t)}
+        assert [ids[-1] - 1000 for ids in tree.scored().ids] == sorted(seen)
+
+
+def test_one_class():
+    assert [c.__name__ for c in SpanTree.__mro__] == ["SpanTree", "object"] and SpanTree.__doc__
+
+
 # ---- three masks
 
 def slow_mask(tree):
@@ -110,12 +152,6 @@ def test_flex_attention_equals_dense():
         q, k, v = torch.randn(3, 1, 2, len(packed), 16, generator=torch.Generator().manual_seed(0))
         dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=tree_mask(packed))
         assert torch.allclose(flex_attention(q, k, v, block_mask=tree_block_mask(packed)), dense, atol=1e-5)
-
-
-def test_pictures():
-    packed = tiny_tree().pack()
-    assert show_tree(packed, token=3) and show_mask(packed)
-    assert len(span_lanes(packed)) == 6 and span_lanes(packed)[1] != span_lanes(packed)[2]
 
 
 # ---- equality
