@@ -1,6 +1,8 @@
 """The state machine, driven by scripts, at random, and with nonsense."""
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from helpers import TOKENIZERS, random_text, rngs
@@ -359,3 +361,12 @@ def test_tokenizer_without_control_tokens():
     bare = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["char"]().backend_tokenizer, unk_token="<unk>")
     with pytest.raises(ValueError, match="no end-of-sequence token"): ForkJoin([20], bare)
     assert ForkJoin([20], bare, stops=[1]).eos == 1
+
+
+def test_the_table_of_pitfalls_names_tests_that_exist():
+    folder = Path(__file__).parent
+    text = (folder.parent / "nbs" / "05_forkjoin.ipynb").read_text(encoding="utf-8")
+    files = set(re.findall(r"(test_\w+\.py)::", text))
+    written = "".join((folder / name).read_text(encoding="utf-8") for name in files)
+    names = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", text))
+    assert len(names) >= 8 and not [name for name in names if f"def {name}(" not in written]
