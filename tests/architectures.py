@@ -89,7 +89,7 @@ def verdict(kind) -> dict:
 
 
 def main():
-    from threadweaver_ref.bench import provenance
+    from threadweaver_ref.evaluate import provenance
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
@@ -98,7 +98,7 @@ def main():
     counts = {v: sum(row["verdict"] == v for row in rows.values()) for v in ("served", "refused", "not built")}
     print(counts)
     command = " ".join(["python", Path(__file__).relative_to(Path(__file__).parent.parent).as_posix(), *sys.argv[1:]])
-    if out: out.write_text(json.dumps({**provenance(0), "command": command, "counts": counts, "architectures": rows}, indent=1) + "\n")
+    if out: out.write_text(json.dumps({**provenance(command, out.name, seed=0), "counts": counts, "architectures": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import torch
 from architectures import NAMES, build
 from helpers import TOKENIZERS, alone, random_forks, random_text, rngs, tiny
 from test_decode import Script, plain_loop, questions, random_plan
-from test_tree import spans_of
+from test_scoring import spans_of
 
-from threadweaver_ref import tree as tree_module
+from threadweaver_ref import scoring
 from threadweaver_ref.decode import DecodeConfig, generate
-from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.branch import Limits
 from threadweaver_ref.replay import replay
 from threadweaver_ref.tokenizer import encode_prompt
 from threadweaver_ref.scoring import check_model, collate, line_limit, tree_logits, tree_logprobs
@@ -104,8 +104,8 @@ def test_attention_without_masks_is_refused(name):
 
 
 def test_the_verdict_is_asked_once_and_changes_nothing(monkeypatch):
-    model, asked, real = tiny("Qwen3", char).train(), [], tree_module._fault
-    monkeypatch.setattr(tree_module, "_fault", lambda m: asked.append(m.training) or real(m))
+    model, asked, real = tiny("Qwen3", char).train(), [], scoring._fault
+    monkeypatch.setattr(scoring, "_fault", lambda m: asked.append(m.training) or real(m))
     for _ in range(3): check_model(model)
     assert asked == [False] and model.training
     model.set_attn_implementation("eager")   # another implementation is another question

@@ -1,16 +1,18 @@
 """The state machine, driven by scripts, at random, and with nonsense."""
-import pickle
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from helpers import TOKENIZERS, random_forks, random_text, random_trajectory, rngs
+from helpers import TOKENIZERS, random_text, rngs
 
-from threadweaver_ref.forkjoin import MODES, ForkJoin, Limits, ThreadError
-from threadweaver_ref.replay import play, replay, units
-from threadweaver_ref.joins import JOINS, get_join
-from threadweaver_ref.tasks import sum_of_products, trace
-from threadweaver_ref.format import CONTROL_TOKENS, RULES, Fork, FormatError, Text, Thread, check_format, parse, render
+from threadweaver_ref.branch import MODES, Limits
+from threadweaver_ref.course import QUESTION, example
+from threadweaver_ref.forkjoin import ForkJoin
+from threadweaver_ref.format import CONTROL_TOKENS, RULES, Fork, Text, Thread, check_format
+from threadweaver_ref.joins import JOINS, Concat, get_join
+from threadweaver_ref.replay import replay, units
 from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
 from threadweaver_ref.tree import tree_mask
 
@@ -18,7 +20,7 @@ char = TOKENIZERS["char"]()
 tokenizers = pytest.mark.parametrize("tokenizer", [f() for f in TOKENIZERS.values()], ids=TOKENIZERS)
 
 
-def start(question="12*3+4*5?", tokenizer=char, **options):
+def start(question=QUESTION, tokenizer=char, **options):
     return ForkJoin(encode_prompt(tokenizer, question), tokenizer, **options)
 
 
@@ -35,80 +37,31 @@ TWO = block("1:p", "2:q")
 # ---- the running example
 
 def test_running_example():
-    problem = sum_of_products([(12, 3), (4, 5)])
-    recorded, machine = trace(problem), start()
+    recorded, machine = example(), start()
     one, two = (t.body[0].text + "</Thread>" for t in recorded[0].threads)
-    outlines = block("1:a=12*3", "2:b=4*5")
+    outlines = block("1:a=7+3x4", "2:b=2+5x3")
     assert say(machine, "main", outlines) == ["1", "2"]
     contexts = {b.name: char.decode(b.context_ids) for b in machine.ready}
-    assert contexts == {i: f"12*3+4*5?{outlines}<Thread>{i}:" for i in "12"}
+    assert contexts == {i: f"{QUESTION}{outlines}<Thread>{i}:" for i in "12"}
     assert say(machine, "2", two) == ["1"]
     assert say(machine, "1", one) == ["main"]
-    assert char.decode(machine.main.context_ids) == f"12*3+4*5?{outlines}<Thread>1:{one}<Thread>2:{two}</Parallel>"
+    assert char.decode(machine.main.context_ids) == f"{QUESTION}{outlines}<Thread>1:{one}<Thread>2:{two}</Parallel>"
     say(machine, "main", recorded[1].text + "<eos>")
     assert machine.done and machine.finish_reason == "stop" and machine.trajectory == recorded and not machine.errors
-    assert machine.tree == replay(recorded, encode_prompt(char, problem.question), char)
+    assert machine.tree == replay(recorded, encode_prompt(char, QUESTION), char)
 
 
-def unit_texts(before, nodes, end="<eos>"):
-    "What the state machine must ask for, written from the paper's description, in text."
-    said = ""
-    for node in nodes:
-        if isinstance(node, Text): said += node.text
-        else:
-            said += block(*(f"{i}:{o}" for i, o in enumerate(node.outlines, 1)))
-            yield before, said
-            before, said = before + said, ""
-            for i, t in enumerate(node.threads, 1):
-                conclusion = "" if t.conclusion is None else f"<Conclusion>{t.conclusion}</Conclusion>"
-                yield from unit_texts(f"{before}<Thread>{i}:", t.body, conclusion + "</Thread>")
-            before += "".join(render([Fork([], [t])]).replace("<Parallel><Outlines></Outlines><Thread>1:", f"<Thread>{i}:", 1)
-                              .removesuffix("</Parallel>") for i, t in enumerate(node.threads, 1)) + "</Parallel>"
-    yield before, said + end
-
-
-@tokenizers
-def test_units_in_text(tokenizer):
-    for rng in rngs(60, "units"):
-        trajectory = random_trajectory(rng, 3, conclusions=True)
-        made = units(trajectory, encode_prompt(tokenizer, "7?"), tokenizer)
-        decode = lambda ids: tokenizer.decode(ids).replace(tokenizer.eos_token, "<eos>")
-        assert Counter((decode(c), decode(w)) for c, w in made) == Counter(unit_texts("7?", trajectory))
-
-
-# ---- replay
-
-@tokenizers
-def test_replay_is_the_rollout(tokenizer):
-    for rng in rngs(60, "replay"):
-        trajectory, prompt = random_trajectory(rng, 3, conclusions=True), encode_prompt(tokenizer, random_text(rng))
-        tree = replay(trajectory, prompt, tokenizer)
-        machine = [*play(trajectory, prompt, tokenizer, rng=rng)][-1][0]
-        assert machine.tree == tree and not machine.errors and machine.finish_reason == "stop"
-        assert machine.trajectory == trajectory == parse(machine.text) and not check_format(machine.text)
-        assert replay(machine.trajectory, prompt, tokenizer) == tree
-
-
-@tokenizers
-def test_one_line_has_the_ids_of_the_joined_line(tokenizer):
-    for rng in rngs(20, "line"):
-        trajectory, prompt = random_forks(rng), encode_prompt(tokenizer, "7?")
-        machine = [*play(trajectory, prompt, tokenizer)][-1][0]
-        for mode in ("sequential", "autoregressive"):
-            tree = replay(trajectory, prompt, tokenizer, mode=mode)
-            assert tree.ids == [prompt, machine.main.context_ids[len(prompt):]] and tree.sampled == [False, True]
-            flat = ForkJoin(prompt, tokenizer, mode=mode)
-            flat.feed(flat.main, tree.ids[1])
-            assert flat.tree == tree == replay(flat.trajectory, prompt, tokenizer, mode=mode)
-            assert flat.text == render(trajectory) and not flat.errors
-    with pytest.raises(ValueError, match="unknown mode 'x'"): replay(trajectory, prompt, tokenizer, mode="x")
-
-
-@pytest.mark.parametrize("fork, rule", [(Fork(["a"], [Thread([])]), "too_few_outlines"), (Fork(["a", "b"], [Thread([])]), "thread_count"),
-                                        (Fork(["a", "<Thread>"], [Thread([])] * 2), "tag_outside_block")])
-def test_replay_of_what_cannot_be(fork, rule):
-    with pytest.raises(FormatError) as caught: replay([fork], [20], char)
-    assert caught.value.rule == rule
+def test_a_join_by_name_or_as_an_object():
+    class Loud(Concat):
+        "Counts how often it is asked."
+        asked = 0
+        def __call__(self, *args): self.asked += 1; return super().__call__(*args)
+    join, grown = Loud(), []
+    for how in ("concat", join):
+        machine = start(join=how)
+        for step in [("main", TWO), ("1", "x</Thread>"), ("2", "y</Thread>"), ("main", "6<eos>")]: say(machine, *step)
+        grown.append(machine.tree)
+    assert grown[0] == grown[1] and join.asked == 1
 
 
 # ---- at random
@@ -343,11 +296,10 @@ def test_wrong_feeds():
     with pytest.raises(ValueError, match="branch 1 is closed already"): machine.cancel(thread)
 
 
-def test_names_and_limits():
+def test_unknown_names():
     with pytest.raises(ValueError, match="unknown mode 'turbo': choose one of parallel, sequential, autoregressive"): start(mode="turbo")
     with pytest.raises(ValueError, match="unknown join 'zip': choose one of concat"): start(join="zip")
     with pytest.raises(ValueError, match="unknown join 'zip'"): get_join("zip")
-    with pytest.raises(ValueError, match="max_depth=0: must be at least 1"): Limits(max_depth=0)
 
 
 def test_control_tokens_in_the_question():
@@ -403,20 +355,6 @@ def test_conclusions(text, body, conclusion):
     assert replay(machine.trajectory, machine.tree.ids[0], char) == machine.tree
 
 
-def test_modes():
-    c = control_ids(char)
-    seen = {mode: (start(mode=mode).main.stop_ids, start(mode=mode).main.banned_ids) for mode in MODES}
-    eos = char.eos_token_id
-    assert seen == {"parallel": ((c["</Outlines>"], eos), ()), "sequential": ((eos,), tuple(c.values())), "autoregressive": ((eos,), ())}
-    machine = start()
-    say(machine, "main", TWO)
-    assert machine.ready[0].stop_ids == (c["</Outlines>"], c["</Thread>"], eos)
-
-
-def test_errors_survive_pickling():
-    error = pickle.loads(pickle.dumps(ThreadError("length", "2.1")))
-    assert (error.rule, error.path, str(error)) == ("length", "2.1", "length in thread 2.1")
-
 
 def test_tokenizer_without_control_tokens():
     from transformers import PreTrainedTokenizerFast
@@ -425,30 +363,10 @@ def test_tokenizer_without_control_tokens():
     assert ForkJoin([20], bare, stops=[1]).eos == 1
 
 
-# ---- what mutants found
-
-FORKED = TWO + "<Thread>1:xx</Thread><Thread>2:y</Thread></Parallel>"
-
-def test_a_thread_error_can_go_to_another_process():
-    error = pickle.loads(pickle.dumps(ThreadError("length", "1.2")))
-    assert (error.rule, error.path, str(error)) == ("length", "1.2", "length in thread 1.2")
-
-
-def test_a_line_without_forks_is_the_whole_text_whatever_the_join():
-    trajectory = parse("a" + FORKED + "b")
-    lines = [replay(trajectory, [20], char, join, "autoregressive") for join in JOINS]
-    assert lines[0] == lines[1] == lines[2] and lines[0].ids[1] == encode_text(char, render(trajectory)) + [char.eos_token_id]
-
-
-def test_a_recording_may_be_played_in_any_order():
-    trajectory = parse("a" + FORKED + "b")
-    orders, trees = set(), []
-    for seed in range(12):
-        steps = [(b.name, m) for m, b, _ in play(trajectory, [20], char, rng=random.Random(seed))]
-        orders.add(tuple(name for name, _ in steps))
-        trees.append(steps[-1][1].tree)
-    assert len(orders) == 2 and all(t == trees[0] == replay(trajectory, [20], char) for t in trees)
-
-
-def test_a_fork_with_too_few_threads_is_refused_at_its_beginning():
-    with pytest.raises(FormatError, match="thread_count at character 0"): replay([Fork(["a", "b"], [Thread([])])], [20], char)
+def test_the_table_of_pitfalls_names_tests_that_exist():
+    folder = Path(__file__).parent
+    text = (folder.parent / "nbs" / "05_forkjoin.ipynb").read_text(encoding="utf-8")
+    files = set(re.findall(r"(test_\w+\.py)::", text))
+    written = "".join((folder / name).read_text(encoding="utf-8") for name in files)
+    names = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", text))
+    assert len(names) >= 8 and not [name for name in names if f"def {name}(" not in written]
