@@ -2,6 +2,7 @@
 import copy
 import json
 import logging
+import random
 import re
 import shutil
 import time
@@ -30,6 +31,8 @@ from threadweaver_ref.model import (
     tiny_model,
     unfamiliar,
 )
+from threadweaver_ref.recipes import SAMPLERS
+from threadweaver_ref.schoolbook import FAMILIES, heldout_problems
 from threadweaver_ref.tokenizer import char_tokenizer, control_ids
 
 TOKENIZER = char_tokenizer()
@@ -314,13 +317,14 @@ def test_every_shipped_policy_says_what_it_knows():
     for name in shipped_policies(): assert unfamiliar(load_policy(name, device="cpu")[0], "What is 3 plus 4?")
 
 
-def test_no_question_that_is_held_out_is_unfamiliar():
-    model, folder = narrow(knows=KNOWS), next(f for f in (DATA / "schoolbook", DATA / "bench") if f.is_dir())
-    paths = sorted(folder.glob("*.jsonl"))
-    assert {p.stem for p in paths} >= {"sums", "chain", "product", "nested", "gsm8k"}
-    for path in paths:
-        questions = [json.loads(line)["question"] for line in path.read_text(encoding="utf-8").splitlines()]
+def test_nothing_that_was_trained_on_is_unfamiliar():
+    model, rng = narrow(knows=KNOWS), random.Random(0)
+    for family in FAMILIES:
+        questions = [p.question for p in heldout_problems(family)]
         assert len(questions) == 500 and [q for q in questions if unfamiliar(model, q)] == []
+    samplers = [*SAMPLERS["schoolbook"].values(), *(lambda rng, step, f=f: f(rng) for f in FAMILIES.values())]
+    drawn = [f(rng, step).question for f in samplers for step in (0, 1000, 10 ** 6) for _ in range(40)]
+    assert [q for q in drawn if unfamiliar(model, q)] == []
 
 
 def test_what_a_policy_knows_stays_with_it(tmp_path):
