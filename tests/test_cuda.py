@@ -6,10 +6,11 @@ import torch
 from helpers import ARCHITECTURES, TOKENIZERS, random_forks, random_text, rngs, tiny
 from test_decode import ROOMY, Script, clean_plan, questions, random_plan, replayed, same
 
-from threadweaver_ref.decode import DecodeConfig, filter_logits, generate, uniforms
+from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.replay import replay
 from threadweaver_ref.tokenizer import encode_prompt
+from threadweaver_ref.sampling import filter_logits, uniforms
 from threadweaver_ref.sft import SFTConfig, train_sft
 from threadweaver_ref.tasks import BENCH_FAMILIES, training_problem
 from threadweaver_ref.scoring import collate, collate_blocks, tree_block_mask, tree_logprobs

@@ -1,15 +1,18 @@
 """Batched branch decoding: against a plain loop without cache, against the text, among neighbours, and under nonsense."""
 import copy
 import functools
+import inspect
 import random
 from collections import Counter
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, TOKENIZERS, bpe_tokenizer, random_text, rngs, tiny
+from helpers import ARCHITECTURES, TOKENIZERS, bpe_tokenizer, random_text, tiny
+from test_sampling import SAMPLING
 
-from threadweaver_ref import decode
-from threadweaver_ref.decode import DecodeConfig, FlatCache, choose, filter_logits, generate, uniforms
+from threadweaver_ref import decode, reader
+from threadweaver_ref.cache import FlatCache
+from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.draw import show_timeline
 from threadweaver_ref.forkjoin import ForkJoin, Limits, ThreadError
 from threadweaver_ref.replay import replay
@@ -185,9 +188,6 @@ def test_decoded_is_rerun_whatever_the_join(setting, join):
         assert depth(r.trajectory) == 3 and not r.errors
 
 
-def read_again(rollout): return sum(len(ids) - 1 for ids, s in zip(rollout.tree.ids, rollout.tree.sampled, strict=True) if not s and len(ids) > 3)
-
-
 def test_slots_that_nobody_sees_are_used_again():
     "Five forks, one after another. `kv` keeps all it wrote; `result` keeps the outlines only; both give what a plain loop gives."
     model, rounds = tiny("Qwen3", char), 5
@@ -270,9 +270,6 @@ def test_long_prompts_and_growing_caches(arch):
 
 
 # ---- batch independence (invariant 6)
-
-SAMPLING = [dict(), dict(top_p=.8), dict(top_k=5), dict(temperature=.7, top_p=.95, top_k=20)]
-
 
 NEIGHBOURS = [(name, "concat", options) for name in TOKENIZERS for options in SAMPLING] + [("char", j, dict()) for j in ("result", "kv")]
 
@@ -513,75 +510,7 @@ def test_a_thousand_rollouts_of_nonsense(limits):
     same_logprobs(model, rollouts[:40])
 
 
-# ---- choosing a token
-
-def slow_filter(row, temperature, top_k, top_p):
-    "By the definition, one row of numbers at a time."
-    row = row.double() / temperature
-    kept = set(range(len(row)))
-    if top_k: kept = {i for i in kept if sum(x > row[i] for x in row) < top_k}
-    if top_p < 1:
-        p = {i: row[i].exp().item() for i in kept}
-        total, mass, chosen = sum(p.values()), 0., set()
-        for i in sorted(p, key=p.get, reverse=True):
-            if mass / total >= top_p: break
-            chosen.add(i)
-            mass += p[i]
-        kept = chosen
-    return kept
-
-
-def test_filter_logits():
-    for rng in rngs(60, "filter"):
-        logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(rng.randrange(10 ** 6))) * 2
-        t, k, p = rng.choice([.3, 1., 2.]), rng.choice([0, 1, 3, 12, 50]), rng.choice([1., .95, .6, .1, 1e-6])
-        for row, out in zip(logits, filter_logits(logits, t, k, p), strict=True):
-            kept = slow_filter(row, t, k, p)
-            assert {i for i in range(12) if out[i] > -torch.inf} == kept and kept
-            assert all(torch.isclose(out[i], row[i] / t) for i in kept)
-
-
-def test_uniforms_are_uniform():
-    keys, steps = torch.arange(1, 513) * 1_000_003, torch.arange(200)
-    u = uniforms(keys.repeat_interleave(200), steps.repeat(512)).view(512, 200)
-    assert 0 <= u.min() and u.max() < 1 and len(u.unique()) == u.numel()
-    for x in (.01, .25, .5, .75, .99): assert abs((u < x).double().mean() - x) < 4 * (x * (1 - x) / u.numel()) ** .5
-    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])): assert abs(torch.stack([a.flatten(), b.flatten()]).corrcoef()[0, 1]) < .015
-
-
-def test_uniforms_do_not_depend_on_the_batch():
-    keys, steps = torch.tensor([3, 99, 2 ** 61]), torch.tensor([0, 7, 7])
-    for i in range(3): assert uniforms(keys, steps)[i] == uniforms(keys[i:i + 1], steps[i:i + 1])
-
-
-@pytest.mark.parametrize("level", [0., 1 - 2 ** -40])
-def test_what_was_left_out_is_never_drawn(level, monkeypatch):
-    "At either end of the cumulative distribution."
-    monkeypatch.setattr(decode, "uniforms", lambda keys, steps: torch.full((len(keys),), level, dtype=torch.float64))
-    logits = torch.tensor([[-torch.inf, 0., -torch.inf, 1., -torch.inf]])
-    assert choose(logits, DecodeConfig(temperature=1.), torch.tensor([1]), torch.tensor([0])).tolist() == [1 if level == 0 else 3]
-
-
-@pytest.mark.parametrize("options", SAMPLING, ids=str)
-def test_frequencies(options):
-    n, config = 40_000, DecodeConfig(**{"temperature": 1., **options})
-    logits = torch.tensor([2., 1.5, 1., 0., 0., -1., -2., -4.])
-    drawn = choose(logits.expand(n, -1), config, torch.arange(n) * 7_777_777 + 1, torch.arange(n) % 31)
-    p = filter_logits(logits[None], config.temperature, config.top_k, config.top_p)[0].softmax(-1)
-    counts = torch.bincount(drawn, minlength=8)
-    assert (counts[p == 0] == 0).all()
-    some = p > 0
-    chi2 = ((counts[some] - n * p[some]) ** 2 / (n * p[some])).sum()
-    assert chi2 < 30     # at most 7 degrees of freedom: one run in 10,000 is above 30
-
-
-def test_greedy_takes_the_likeliest():
-    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(choose(logits, DecodeConfig(), None, None), logits.argmax(-1))
-    keys = torch.arange(5)
-    for options in (dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-3)):
-        assert torch.equal(choose(logits, DecodeConfig(**{"temperature": 1., **options}), keys, keys), logits.argmax(-1))
-
+# ---- the coin, hooks, and numbers that are none
 
 class Coin:
     """A hook: at its first token and behind every join and every refused block the main thread forks with probability 1/2, as the logits
@@ -687,7 +616,7 @@ def test_a_long_question_is_read_in_parts(monkeypatch):
     model, asked = tiny("Qwen3", char), ["1+" * 90 + "1?", "2*3?", "7-" * 40 + "1?"]
     config = DecodeConfig(hook=Script(char, random_plan), limits=Limits(max_tokens=200, max_thread_tokens=60))
     whole = generate(model, char, asked, config, stats=(stats := {}))
-    monkeypatch.setattr(decode, "PREFILL_CELLS", 900)
+    monkeypatch.setattr(reader, "PREFILL_CELLS", 900)
     parts = generate(model, char, asked, config, stats=(more := {}))
     assert all(map(same, whole, parts)) and any(r.forks for r in whole)
     assert more["prefill_tokens"] == stats["prefill_tokens"] and more["forwards"] > stats["forwards"] + 20
@@ -743,7 +672,7 @@ def spied(monkeypatch):
 
         def move(self, source, target, used): log.append("move"); super().move(source, target, used)
         def grow(self, slots): log.append("grow"); super().grow(slots)
-    monkeypatch.setattr(decode, "FlatCache", Spy)
+    monkeypatch.setattr(reader, "FlatCache", Spy)
     return log
 
 
@@ -776,61 +705,32 @@ def test_a_fork_reads_only_the_seeds():
     assert sizes == [(1, 9)] + [(1, 1)] * 19 + [(1, 1 + 3 * 3)] + [(1, 3)] * 2 + [(1, joined)] + [(1, 1)]
 
 
-def test_cache_grows_and_moves():
-    cache, where = FlatCache(2, 4), torch.tensor([[0, 1], [1, 0]])
-    k = torch.arange(2 * 3 * 2 * 5.).reshape(2, 3, 2, 5)         # (r, H, q, D)
-    cache.aim(slice(2), where, 2)
-    keys, values = cache.update(k, -k, 0)
-    assert keys.shape == (2, 3, 2, 5) and torch.equal(keys[0], k[0]) and torch.equal(keys[1], k[1].flip(1)) and torch.equal(values, -keys)
-    cache.grow(16)
-    cache.aim(torch.tensor([1]), torch.tensor([[9]]), 10)
-    grown, _ = cache.update(k[:1, :, :1] + 100, k[:1, :, :1], 0)
-    assert grown.shape == (1, 3, 10, 5) and torch.equal(grown[0, :, :2], k[1].flip(1)) and torch.equal(grown[0, :, 9], k[0, :, 0] + 100)
-    first, second = cache.keys[0][0, :, :10].clone(), cache.keys[0][1, :, :10].clone()
-    cache.swap(0, 1, 10)
-    assert torch.equal(cache.keys[0][0, :, :10], second) and torch.equal(cache.keys[0][1, :, :10], first) and not torch.equal(first, second)
-    cache.move(1, 0, 10)
-    assert torch.equal(cache.keys[0][0], cache.keys[0][1]) and cache.get_seq_length() == 10
-
-
-def test_narrow_problems_have_a_pass_of_their_own():
+def test_further_lanes_have_a_pass_of_their_own():
     "Many problems, some of which fork: what each says is what it says alone, in two passes a step as in one, and far fewer queries are padded."
     model, questions = tiny("Qwen3", char), [f"{k}?" for k in range(48)]
     def plan(branch, tokenizer):
         if branch.depth: return encode_text(tokenizer, "12345</Thread>")
         forks = branch.machine.tree.ids[0][0] % 4 == 0 and not branch.forks
-        return encode_text(tokenizer, "ab" + block("1:p", "2:q", "3:r") if forks else "abcd" * 12 + "<eos>")
+        return encode_text(tokenizer, "ab" + block(*(f"{i}:p" for i in range(1, 7))) if forks else "abcd" * 18 + "<eos>")
     sizes = []
     check_model(model)
     handle = model.register_forward_pre_hook(lambda m, a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
     together = generate(model, char, questions, DecodeConfig(hook=Script(char, plan)))
     handle.remove()
     forked = sum(r.forks for r in together)
-    assert 0 < forked < 24 and (forked, 3) in sizes and any(q == 1 and rows == 48 - forked for rows, q in sizes)
-    assert (48, 3) not in sizes[1:]                                         # the first pass reads the questions
+    assert 0 < forked < 20 and (forked, 5) in sizes and (48, 1) in sizes
+    assert not any(rows == 48 and q > 1 for rows, q in sizes[1:])           # the first pass reads the questions
     for r, q in zip(together, questions):
         alone, = generate(model, char, [q], DecodeConfig(hook=Script(char, plan)))
         assert r.tree == alone.tree and torch.allclose(r.logprobs, alone.logprobs, atol=1e-5) and r.question == q
 
 
+def test_the_decoder_is_one_class():
+    assert len(decode.Decoder.__mro__) == 2 and decode.Decoder.__doc__
+    assert {"begin", "turn", "run"} <= vars(decode.Decoder).keys() and "check_model" in inspect.getsource(decode.Decoder)
+
+
 # ---- bad input
-
-@pytest.mark.parametrize("options, message", [
-    (dict(mode="tree"), "unknown mode 'tree': choose one of parallel, sequential, autoregressive"),
-    (dict(join="glue"), "unknown join 'glue': choose one of concat, result, kv"),
-    (dict(deadline=0), "deadline=0: must be at least 1"),
-    (dict(temperature=-.1), "temperature=-0.1"), (dict(temperature=float("nan")), "temperature=nan"),
-    (dict(temperature=float("inf")), "temperature=inf"), (dict(top_p=0), "top_p=0: must be above 0 and at most 1"),
-    (dict(top_p=1.5), "top_p=1.5"), (dict(top_k=-1), "top_k=-1: must not be negative"), (dict(batch=0), "batch=0: must be at least 1")])
-def test_bad_config(options, message):
-    with pytest.raises(ValueError) as error: DecodeConfig(**options)
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["max_threads", "max_forks", "max_depth", "max_tokens", "max_thread_tokens"])
-def test_bad_limits(name):
-    with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"): DecodeConfig(limits=Limits(**{name: 0}))
-
 
 def test_no_questions():
     stats = {}

@@ -158,6 +158,8 @@ def test_whenever_ready_forks_every_level():
     for p in problems(80, seed=2):
         wide = [[s.outline for s in level if s.outline] for level in levels(p.steps)]
         assert [f.outlines for f in forks(WheneverReady().arrange(p))] == [w for w in wide if len(w) > 1]
+    plain = Step("p", (), "", "p:", ";")
+    assert WheneverReady().arrange(one(steps=(plain, A, B)))[1] == Text(r"p:;\boxed{1}")   # steps without an outline come behind the fork
 
 
 def test_sequential_keeps_the_order():

@@ -78,11 +78,22 @@ def test_public_functions_say_what_they_do(room):
     assert not [n.name for n in public if not ast.get_docstring(n) and n.name not in short]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_package_needs_patch_alone_of_fastcore_and_no_nbdev(room):
-    found = [(n.module, a.name) for n in ast.walk(TREES[room]) if isinstance(n, ast.ImportFrom) and n.module for a in n.names]
-    assert {name for module, name in found if module.startswith("fastcore")} <= {"patch"}
-    assert not [m for m, _ in found if m.startswith(("nbdev", "execnb", "ghapi"))]
+def foreign(tree):
+    "What a module imports of nbdev's family, but for `patch` of fastcore."
+    whole = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    parts = [(n.module, a.name) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and not n.level for a in n.names]
+    wanted = whole + [m for m, name in parts if not (m.startswith("fastcore") and name == "patch")]
+    return [m for m in wanted if m.split(".")[0] in ("nbdev", "execnb", "ghapi", "fastcore")]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_the_package_needs_patch_alone_of_fastcore_and_no_nbdev(path):
+    assert not foreign(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_what_the_package_does_not_need_is_found():
+    seen = ["import fastcore.basics", "from fastcore.basics import patch, store_attr", "from nbdev.showdoc import *", "import nbdev"]
+    assert all(len(foreign(ast.parse(line))) == 1 for line in seen) and not foreign(ast.parse("from fastcore.basics import patch\nimport torch"))
 
 
 @pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").glob("[0-9]*.ipynb")), ids=lambda p: p.stem)

@@ -2,7 +2,6 @@
 import copy
 import json
 import logging
-import random
 import re
 import shutil
 import time
@@ -10,18 +9,17 @@ import warnings
 
 import pytest
 import torch
-from helpers import DATA, bpe_tokenizer, rngs, tiny
+from helpers import ARCHITECTURES, DATA, TOKENIZERS, bpe_tokenizer, random_text, rngs, tiny
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from threadweaver_ref import sft
+from threadweaver_ref.format import CONTROL_TOKENS
 from threadweaver_ref.model import (
-    CALCULATIONS,
+    LONGEST_QUESTION,
     SIZES,
-    SUMS,
     add_lora,
     decoding_copy,
     find_policy,
@@ -32,9 +30,7 @@ from threadweaver_ref.model import (
     tiny_model,
     unfamiliar,
 )
-from threadweaver_ref.tasks import FAMILIES, get_family, read_jsonl
-from threadweaver_ref.format import CONTROL_TOKENS
-from threadweaver_ref.tokenizer import char_tokenizer, control_ids, encode_prompt
+from threadweaver_ref.tokenizer import char_tokenizer, control_ids
 
 TOKENIZER = char_tokenizer()
 
@@ -64,6 +60,19 @@ def policy(tmp_path):
     return tmp_path / "policy"
 
 
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    "A data folder with two policies and an adapter on the first: the shipped ones of this test. The second policy is both, merged."
+    monkeypatch.setenv("THREADWEAVER_DATA", str(tmp_path / "data"))
+    folder = tmp_path / "data" / "policies"
+    save_policy(narrow(), TOKENIZER, folder / "start")
+    lora = add_lora(load_policy("start", device="cpu")[0], r=2)
+    shake(lora)
+    save_policy(lora, TOKENIZER, folder / "adapter")
+    save_policy(merge_lora(lora), TOKENIZER, folder / "merged")
+    return folder
+
+
 def refusal(*args, **options):
     with pytest.raises(ValueError) as refused: load_policy(*args, device="cpu", **options)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
@@ -91,8 +100,14 @@ def test_sizes_by_formula(size):
     assert not model.training and model.config.eos_token_id == TOKENIZER.eos_token_id
 
 
+def test_a_size_can_be_changed():
+    config = tiny_model("tiny", TOKENIZER, hidden_size=32, num_hidden_layers=1, vocab_size=7, tie_word_embeddings=False).config
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings) == (32, 1, 7, False)
+    assert config.num_attention_heads == SIZES["tiny"]["num_attention_heads"]
+
+
 def test_unknown_size():
-    with pytest.raises(ValueError, match="unknown size 'huge': choose one of tiny, tiny-512, small"): tiny_model("huge", TOKENIZER)
+    with pytest.raises(ValueError, match="unknown size 'huge': choose one of tiny, small"): tiny_model("huge", TOKENIZER)
 
 
 # ---- loading
@@ -105,31 +120,39 @@ def test_round_trip(policy):
 
 
 def test_shipped():
-    model, tokenizer = load_policy("tiny-base", device="cpu")
-    assert len(tokenizer) == model.config.vocab_size
+    assert "schoolbook-sft" in shipped_policies()
+    for name in shipped_policies():
+        model, tokenizer = load_policy(name, device="cpu")
+        assert len(tokenizer) == model.config.vocab_size and set(CONTROL_TOKENS) <= set(tokenizer.all_special_tokens)
 
 
-def test_the_shipped_adapter_and_the_merged_policy_are_one():
-    adapted, tokenizer = load_policy("tiny-rl", device="cpu")
-    merged = AutoModelForCausalLM.from_pretrained(find_policy("tiny-rl-merged"))
-    ids = torch.tensor([encode_prompt(tokenizer, "347*6+58*9+21*74?")])
-    plain, _ = load_policy("tiny-sft-random", device="cpu")
-    with torch.no_grad(): one, other, start = (m(ids).logits for m in (adapted, merged, plain))
-    assert (one - other).abs().max() < 1e-4 < (one - start).abs().max()
+def test_an_adapter_and_its_merged_policy_are_one(shelf):
+    adapted, merged, start = (logits(load_policy(name, device="cpu")[0]) for name in ("adapter", "merged", "start"))
+    torch.testing.assert_close(adapted, merged, atol=1e-4, rtol=0)
+    assert (adapted - start).abs().max() > .1
 
 
-def test_the_shipped_adapter_is_found_by_any_name(monkeypatch, tmp_path):
+def test_a_shipped_adapter_is_found_by_any_name(shelf, monkeypatch, tmp_path):
     "By name, by folder, on its base; from any current directory; by peft alone from the root of the repository."
-    monkeypatch.chdir(DATA.parent)
-    loaded = [load_policy("tiny-rl", device="cpu"), load_policy("data/policies/tiny-rl", device="cpu"),
-              load_policy("tiny-sft-random", adapter="tiny-rl", device="cpu")]
-    by_peft = AutoPeftModelForCausalLM.from_pretrained("data/policies/tiny-rl")
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(DATA / "policies" / "tiny-rl", tmp_path / "mine")
-    loaded += [load_policy("tiny-rl", device="cpu"), load_policy("mine", device="cpu"), load_policy("data/policies/tiny-rl", device="cpu")]
+    loaded = [load_policy("adapter", device="cpu"), load_policy("data/policies/adapter", device="cpu"),
+              load_policy("start", adapter="adapter", device="cpu")]
+    by_peft = AutoPeftModelForCausalLM.from_pretrained("data/policies/adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copytree(shelf / "adapter", "mine")
+    loaded += [load_policy(name, device="cpu") for name in ("adapter", "mine", "data/policies/adapter")]
     wanted = logits(by_peft)
     assert all(torch.equal(logits(model), wanted) and not model.training for model, _ in loaded)
-    assert {"tiny-rl", "tiny-rl-merged", "tiny-base"} <= set(shipped_policies())
+    assert list(shipped_policies()) == ["adapter", "merged", "start"]
+
+
+def test_an_adapter_is_no_base(shelf, tmp_path):
+    shutil.copytree(shelf / "adapter", tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    (tmp_path / "second" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "adapter"}))
+    assert "merge that one first" in refusal(tmp_path / "second")
+    assert "is an adapter itself" in refusal("adapter", adapter="adapter")
 
 
 def test_the_base_of_an_adapter_is_found_or_named(policy, tmp_path, monkeypatch):
@@ -149,27 +172,26 @@ def test_the_base_of_an_adapter_is_found_or_named(policy, tmp_path, monkeypatch)
         message = refusal(named(name))
         assert "load its base with adapter=" in message and (not name or repr(name) in message)
     assert "cannot load policy" in refusal(named("owner/nope"))   # a hub name, and there is no network
-    assert "merge that one first" in refusal(named("tiny-rl"))
-    assert "is an adapter itself" in refusal("tiny-rl", adapter="tiny-rl")
 
 
-def test_a_saved_adapter_names_a_base_that_lasts(tmp_path, monkeypatch):
-    for name in ("tiny-base", find_policy("tiny-base")):
-        model = add_lora(load_policy(name, device="cpu")[0], r=2)
+def test_a_saved_adapter_names_a_base_that_lasts(tmp_path):
+    def kept(model):
         save_policy(model, TOKENIZER, tmp_path / "adapter")
-        assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/policies/tiny-base"
-    model.peft_config["default"].base_model_name_or_path = "tiny-base"   # by its name, as recipes say it
-    save_policy(model, TOKENIZER, tmp_path / "adapter")
-    assert model.peft_config["default"].base_model_name_or_path == "data/policies/tiny-base"
-    model.peft_config["default"].base_model_name_or_path = "Qwen/Qwen3-0.6B"
-    save_policy(model, TOKENIZER, tmp_path / "adapter")
-    assert model.peft_config["default"].base_model_name_or_path == "Qwen/Qwen3-0.6B"
+        named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert model.peft_config["default"].base_model_name_or_path == named
+        return named
+    for name in ("schoolbook-sft", find_policy("schoolbook-sft")):
+        model = add_lora(load_policy(name, device="cpu")[0], r=2)
+        assert kept(model) == "data/policies/schoolbook-sft"
+    for name, wanted in [("schoolbook-sft", "data/policies/schoolbook-sft"), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")]:   # as a recipe may say it
+        model.peft_config["default"].base_model_name_or_path = name
+        assert kept(model) == wanted
 
 
 def test_names_are_not_downloaded(monkeypatch, tmp_path):
     assert find_policy("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     monkeypatch.setenv("THREADWEAVER_DATA", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="none shipped"): find_policy("tiny-base")
+    with pytest.raises(ValueError, match="none shipped"): find_policy("schoolbook-sft")
 
 
 def test_a_folder_needs_no_data_folder(policy, monkeypatch, tmp_path):
@@ -179,7 +201,7 @@ def test_a_folder_needs_no_data_folder(policy, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["nope", "a/b/c", "./nope", "/nope"])
 def test_unknown_names(name):
-    assert repr(name) in refusal(name) and "tiny-base" in refusal(name)
+    assert repr(name) in refusal(name) and "schoolbook-sft" in refusal(name)
 
 
 def test_at_most_a_dozen_names(monkeypatch, tmp_path):
@@ -187,7 +209,7 @@ def test_at_most_a_dozen_names(monkeypatch, tmp_path):
     for i in range(40):
         (tmp_path / "policies" / f"made-{i:02}").mkdir(parents=True)
         (tmp_path / "policies" / f"made-{i:02}" / "adapter_config.json").write_text("{}")
-    for message in (refusal("nope"), refusal(DATA / "policies" / "tiny-base", adapter="nope")):
+    for message in (refusal("nope"), refusal(DATA / "policies" / "schoolbook-sft", adapter="nope")):
         assert message.count("made-") == 11 and message.endswith("made-10, 29 more")
 
 
@@ -225,7 +247,7 @@ def test_another_shape(policy):
 
 def test_what_is_none_of_our_errors_is_explained(policy):
     (policy / "tokenizer.json").write_text("{}")
-    assert refusal(policy).endswith("something in it is not as it should be (KeyError: 'added_tokens')")
+    assert refusal(policy).endswith("a file in it is malformed (KeyError: 'added_tokens')")
 
 
 def test_pickled_weights_are_not_read(policy):
@@ -243,6 +265,12 @@ def test_whatever_is_broken_is_one_line(policy, tmp_path, said, broken, content)
     said.clear()
     with warnings.catch_warnings(record=True) as warned: refusal(tmp_path / "adapter")
     assert not said and not [w for w in warned if "missing" in str(w.message)]   # no table, no list beside it
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\x00\xff"])
+def test_a_broken_tokenizer_config_is_one_line(policy, content):
+    (policy / "tokenizer_config.json").write_bytes(content)
+    refusal(policy)
 
 
 # ---- what transformers 4, and engines that go by its classes, can read
@@ -265,34 +293,38 @@ UNKNOWN = ["abc?", "What is 3 plus 4?", "", "?", "12?", "12*?", "*3?", "12*3+4*5
            "12 * 3?", "1.5*2?", "x*3?", "12*3?12*3?", "-5*3?", "²*3?", "٣*4?", "a=b;b?", "🙂"]
 
 
+KNOWS = json.loads((DATA / "policies" / "schoolbook-sft" / "config.json").read_text())["knows"]
+
+
 def test_what_is_unfamiliar():
-    for name, folder in shipped_policies().items():
-        model = load_policy(name, device="cpu")[0]
-        known = model.config.knows
-        assert known == (SUMS if name == "tiny-window" else CALCULATIONS), folder
-        assert unfamiliar(model, "What is 3 plus 4?") == f"this policy was trained on {known['says']} (no other question has a meaningful answer)"
-        assert [q for q in KNOWN if unfamiliar(model, q)] == ([] if known is CALCULATIONS or known == CALCULATIONS else KNOWN[1:5] + KNOWN[6:])
-        assert [q for q in UNKNOWN if not unfamiliar(model, q)] == []
-        assert unfamiliar(model, "1+" * 400 + "1?") is None or name == "tiny-window"
-        assert unfamiliar(model, "1+" * 500 + "1?")   # longer than anything that was trained on
+    model = load_policy("schoolbook-sft", device="cpu")[0]
+    assert unfamiliar(model, "What is 3 plus 4?") == f"this policy was trained on {KNOWS['says']} (no other question has a meaningful answer)"
+    assert [q for q in KNOWN if unfamiliar(model, q)] == [] and [q for q in UNKNOWN if not unfamiliar(model, q)] == []
     for model in (narrow(), tiny("Llama", TOKENIZER)): assert unfamiliar(model, "abc?") is None
 
 
-def test_nothing_that_was_trained_on_is_unfamiliar():
-    model = narrow(knows=CALCULATIONS)
-    for path in sorted((DATA / "bench").glob("*.jsonl")):
-        questions = [row["question"] for row in read_jsonl(path)]
+@pytest.mark.parametrize("length, known", [(LONGEST_QUESTION - 1, True), (LONGEST_QUESTION + 1, False)])
+def test_what_is_too_long_is_unfamiliar(length, known):
+    assert len(question := "1+" * (length // 2 - 1) + "12?") == length
+    assert (unfamiliar(narrow(knows=KNOWS), question) is None) == known
+
+
+def test_every_shipped_policy_says_what_it_knows():
+    "In a pattern that matches no question in English."
+    for name in shipped_policies(): assert unfamiliar(load_policy(name, device="cpu")[0], "What is 3 plus 4?")
+
+
+def test_no_question_that_is_held_out_is_unfamiliar():
+    model, folder = narrow(knows=KNOWS), next(f for f in (DATA / "schoolbook", DATA / "bench") if f.is_dir())
+    paths = sorted(folder.glob("*.jsonl"))
+    assert {p.stem for p in paths} >= {"sums", "chain", "product", "nested", "gsm8k"}
+    for path in paths:
+        questions = [json.loads(line)["question"] for line in path.read_text(encoding="utf-8").splitlines()]
         assert len(questions) == 500 and [q for q in questions if unfamiliar(model, q)] == []
-    samplers = [r.problems for r in sft.RECIPES.values() if r.config] + [lambda rng, step, f=f: get_family(f)(rng) for f in FAMILIES]
-    rng = random.Random(0)
-    drawn = [f(rng, step).question for f in dict.fromkeys(samplers) for step in (0, 1000, 10 ** 6) for _ in range(40)]
-    assert [q for q in drawn if unfamiliar(model, q)] == []
-    window = narrow(knows=SUMS)
-    assert [q for q in (sft.narrow(rng, 1000).question for _ in range(100)) if unfamiliar(window, q)] == []
 
 
 def test_what_a_policy_knows_stays_with_it(tmp_path):
-    model = narrow(knows=CALCULATIONS)
+    model = narrow(knows=KNOWS)
     save_policy(model, TOKENIZER, tmp_path / "policy")
     loaded, _ = load_policy(tmp_path / "policy", device="cpu")
     adapted = add_lora(loaded, r=2)
@@ -301,11 +333,10 @@ def test_what_a_policy_knows_stays_with_it(tmp_path):
 
 
 def test_a_question_cannot_keep_the_pattern_busy():
-    for knows in (CALCULATIONS, SUMS):
-        began = time.perf_counter()
-        for piece in ("(", "1", "1+", "1)", "(1", "1*1+", "a=1+1;", "a=1+a;", ")", "a"):
-            for end in ("x", "?x", "??"): re.fullmatch(knows["pattern"], piece * 5000 + end)
-        assert time.perf_counter() - began < 5
+    began = time.perf_counter()
+    for piece in ("(", "1", "1+", "1)", "(1", "1*1+", "a=1+1;", "a=1+a;", ")", "a"):
+        for end in ("x", "?x", "??"): re.fullmatch(KNOWS["pattern"], piece * 5000 + end)
+    assert time.perf_counter() - began < 5
 
 
 # ---- control tokens
@@ -411,7 +442,7 @@ def test_which_tokens_are_trained(tmp_path):
     assert rows() == rows(train_tokens="new") == {"model.embed_tokens": new}
     assert rows(train_tokens=()) is None and rows(train_tokens=[4, 5]) == {"model.embed_tokens": [4, 5]}
     with pytest.raises(ValueError, match="unknown train_tokens 'old': give ids, or new"): rows(train_tokens="old")
-    for trained in (narrow(), *(load_policy(name, device="cpu")[0] for name in ("tiny-base", "tiny-sft-random"))):
+    for trained in (narrow(), load_policy("schoolbook-sft", device="cpu")[0]):
         assert add_lora(trained, r=2).peft_config["default"].trainable_token_indices is None
 
 
@@ -514,6 +545,32 @@ def test_adapters_are_complete_and_not_pickled(policy, tmp_path):
     torch.save(weights, tmp_path / "adapter" / "adapter_model.bin")
     assert "has no adapter_model.safetensors" in refusal(policy, adapter=tmp_path / "adapter")
     with pytest.raises(ValueError, match="nothing to merge"): merge_lora(narrow())
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_policy_keeps_its_own_tokenizer(tmp_path, arch, tokenizer):
+    "AutoTokenizer gives a Qwen2 folder the tokenizer of that family, which drops blanks and cuts elsewhere."
+    tokenizer = TOKENIZERS[tokenizer]()
+    save_policy(tiny(arch, tokenizer), tokenizer, tmp_path)
+    loaded = load_policy(tmp_path, device="cpu")[1]
+    texts = ["12 clips and  don't 347*6\n", "<Parallel>ⅠⅡ ₀2</Parallel>", *(random_text(rng) for rng in rngs(20, "own"))]
+    assert loaded.get_vocab() == tokenizer.get_vocab() and loaded.eos_token == tokenizer.eos_token
+    assert [loaded.encode(t) for t in texts] == [tokenizer.encode(t) for t in texts]
+    assert [loaded.decode(loaded.encode(t)) for t in texts] == [tokenizer.decode(tokenizer.encode(t)) for t in texts]
+
+
+@pytest.mark.parametrize("arch", ["Qwen2", "Llama"])
+def test_a_folder_that_transformers_saved(tmp_path, arch):
+    "As a model of the hub comes: no control tokens yet, the tokenizer's class as transformers writes it."
+    plain = plain_tokenizer()
+    model = tiny(arch, plain)
+    model.save_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path)
+    loaded, tokenizer = load_policy(tmp_path, device="cpu")
+    assert tokenizer.encode("12*3+4?") == plain.encode("12*3+4?") and set(control_ids(tokenizer)) == set(CONTROL_TOKENS)
+    known = torch.tensor([plain.encode("12*3+4?")])
+    with torch.no_grad(): assert torch.equal(loaded(known).logits[..., :len(plain)], model(known).logits)
 
 
 def test_a_bpe_policy(tmp_path):

@@ -8,7 +8,7 @@ import sysconfig
 import pytest
 from helpers import DATA
 
-from threadweaver_ref.model import load_policy, save_policy, shipped_policies, tiny_model
+from threadweaver_ref.model import add_lora, load_policy, save_policy, shipped_policies, tiny_model
 from threadweaver_ref.tokenizer import char_tokenizer
 
 TEXTS = ["12*3+4*5?", "a=48/2;b=a+7;b?", "<Parallel><Outlines><Outline>1:a=1*2</Outline>", "nothing it knows: ö\n"]
@@ -54,9 +54,11 @@ def python4(tmp_path_factory):
 @pytest.mark.slow
 def test_shipped_policies_in_transformers_4(python4, tmp_path):
     save_policy(tiny_model("tiny", char_tokenizer()), char_tokenizer(), tmp_path / "new")   # what is saved from now on
-    save_policy(*load_policy("tiny-base", device="cpu"), tmp_path / "again")
-    folders = [*shipped_policies().values(), tmp_path / "new", tmp_path / "again"]
+    save_policy(*load_policy("schoolbook-sft", device="cpu"), tmp_path / "again")
+    adapted, tokenizer = load_policy("schoolbook-sft", device="cpu")
+    save_policy(add_lora(adapted, r=2), tokenizer, tmp_path / "adapter")
+    folders = [*shipped_policies().values(), tmp_path / "new", tmp_path / "again", tmp_path / "adapter"]
     (old, theirs), (new, ours) = read(python4, folders), read(sys.executable, folders)
     assert old.startswith("4.57") and not new.startswith("4")
     for folder in map(str, folders): assert theirs[folder] == ours[folder], folder
-    assert all(len(f["written"]) > len(f["ids"][0]) + 20 for name, f in theirs.items() if name.endswith(("tiny-rl", "tiny-base", "again")))
+    assert all(len(f["written"]) > len(f["ids"][0]) + 20 for name, f in theirs.items() if name.endswith(("schoolbook-sft", "again", "adapter")))
