@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from .tasks import allowed, data_dir
+from .domains import allowed, data_dir
 from .tokenizer import add_control_tokens, untrained_rows
 from .scoring import check_model
 

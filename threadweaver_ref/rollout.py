@@ -18,7 +18,7 @@ from .forkjoin import MODES, Limits
 from .format import Fork, check_format, token_counts
 from .joins import get_join
 from .sampling import stream_key
-from .tasks import extract_answer
+from .domains import extract_answer
 from .tokenizer import encode_text
 from .tree import SpanTree
 
