@@ -226,42 +226,39 @@ def _save(path, result):
 
 @app.command()
 def train(
-    name: str = typer.Argument(..., help="a recipe: tiny-base, tiny-sft, ... (a wrong name lists them)"),
+    name: str = typer.Argument(..., help="a recipe: schoolbook-base, schoolbook-sft, schoolbook-rl, or the path of a .yaml file"),
     out: Optional[Path] = typer.Option(None, help="folder for the policy; default runs/NAME/policy"),
-    runs: Path = typer.Option(Path("runs"), help="checkpoints and logs; a stopped run goes on from there"),
+    runs: Path = typer.Option(Path("runs"), help="checkpoints and logs; a stopped run continues from there"),
     steps: Optional[int] = typer.Option(None, help="fewer or more optimiser steps than the recipe", min=1),
     seed: int = typer.Option(0, help="of problems, rollouts and new weights; all but seed 0 keep their runs in a folder of their own", min=0),
     processes: int = typer.Option(1, help="processes that share every step; on a CPU one a core is fastest", min=1),
 ):
-    "Train a shipped policy again."
-    from threadweaver_ref.policy import PGRPO_RECIPES, train_pgrpo_recipe
-    from threadweaver_ref.sft import RECIPES, train_recipe
-    from threadweaver_ref.tasks import allowed
-    recipes = {**dict.fromkeys(RECIPES, train_recipe), **dict.fromkeys(PGRPO_RECIPES, train_pgrpo_recipe)}
-    if name not in recipes: raise ValueError(f"unknown recipe {name!r}: choose one of {allowed(recipes)}")   # once, not by every process
+    "Train a policy by a recipe, or continue where a run was stopped."
+    from threadweaver_ref.recipes import load_recipe, train_recipe
+    recipe = load_recipe(name)   # once, not by every process
     if seed: runs = runs / f"seed-{seed}"
-    folder = out or runs / name / "policy"
+    folder, first = out or runs / recipe.name / "policy", "RANK" not in os.environ
     try:
-        if "RANK" not in os.environ: _writable(folder / "config.json")
-        if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
-        trained = recipes[name](name, runs, **({"steps": steps} if steps else {}), **({"seed": seed} if seed else {}))
-        _save_trained(name, *trained[:2], folder)
+        if first: _writable(folder / "config.json")
+        if first and processes > 1: _in_processes(processes)
+        model, tokenizer, _ = train_recipe(name, runs, **({"steps": steps} if steps else {}), **({"seed": seed} if seed else {}))
+        _save_trained(model, tokenizer, folder)
     except KeyboardInterrupt:
-        if "RANK" not in os.environ: typer.echo(f"stopped: the same command goes on from the last checkpoint under {runs}", err=True)
+        if first: typer.echo(f"stopped: the same command continues from the last checkpoint under {runs}", err=True)
         raise typer.Exit(130) from None
 
 
-def _save_trained(name, model, tokenizer, folder):
+def _save_trained(model, tokenizer, folder):
     "Save what a recipe trained; of one with an adapter also the merged model, in a second folder."
     from accelerate import PartialState
+    from peft import PeftModel
 
     from threadweaver_ref.model import merge_lora, save_policy
-    from threadweaver_ref.policy import PGRPO_RECIPES
     if not PartialState().is_main_process: return
     folders = [folder]
-    save_policy(model, tokenizer, folders[0])
-    if name in PGRPO_RECIPES:   # the first folder holds the adapter alone
-        folders.append(folders[0].with_name(folders[0].name + "-merged"))
+    save_policy(model, tokenizer, folder)
+    if isinstance(model, PeftModel):   # the first folder holds the adapter alone
+        folders.append(folder.with_name(folder.name + "-merged"))
         save_policy(merge_lora(model), tokenizer, folders[1])
     typer.echo(f"saved {' and '.join(map(str, folders))}")
 

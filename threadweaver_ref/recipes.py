@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARRANGEMENTS', 'SAMPLERS', 'CONFIGS', 'Recipe', 'recipes', 'load_recipe', 'train_recipe']
 
-# %% ../nbs/19_recipes.ipynb #b9b147e6
+# %% ../nbs/19_recipes.ipynb #f137984f
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -16,14 +16,14 @@ import yaml
 
 from .domains import BestFlat, Grouped, RandomForks, Sequential, WheneverReady, allowed, data_dir, get_domain
 from .forkjoin import Limits
-from .model import CALCULATIONS, SIZES, add_lora, load_policy, shipped_policies, tiny_model
+from .model import SIZES, add_lora, load_policy, shipped_policies, tiny_model
 from .pgrpo import PGRPOConfig, train_pgrpo
 from .reward import reward
 from .schoolbook import decisions, mixture
 from .sft import SFTConfig, train_sft
 from .tokenizer import char_tokenizer
 
-# %% ../nbs/19_recipes.ipynb #72d3e91a
+# %% ../nbs/19_recipes.ipynb #f24d6bc0
 @dataclass(frozen=True)
 class Recipe:
     "How a policy is made."
@@ -33,6 +33,7 @@ class Recipe:
     problems: Callable = mixture # a sampler f(rng, step)
     reward: Callable = reward    # f(rollout, problem), for P-GRPO
     lora: int | None = None      # rank of the adapter; None: all weights are trained
+    knows: dict | None = None    # `pattern` and `says`: which questions new weights will be trained on
 
 # %% ../nbs/19_recipes.ipynb #190822dd
 ARRANGEMENTS = {c.__name__: c for c in (Sequential, WheneverReady, BestFlat, RandomForks, Grouped)}
@@ -57,9 +58,9 @@ def _sampler(domain, value):
     sampler, args, options = _named(value, SAMPLERS.get(domain, {}), "sampler")
     return functools.partial(sampler, **options) if options else sampler
 
-# %% ../nbs/19_recipes.ipynb #a0ae27f3
+# %% ../nbs/19_recipes.ipynb #ab19a7a6
 CONFIGS = {"sft": SFTConfig, "pgrpo": PGRPOConfig}
-_OWN = ("kind", "start", "domain", "sampler", "reward", "lora")
+_OWN = ("kind", "start", "domain", "sampler", "reward", "lora", "knows")
 
 def _config(kind, settings):
     "The config of a recipe. Raises `ValueError` for unknown fields and for text in the place of a number."
@@ -85,7 +86,7 @@ def _recipe(name, data):
     config = _config(own.get("kind", "sft"), {k: v for k, v in data.items() if k not in _OWN})
     problems = _sampler(own.get("domain", "schoolbook"), own.get("sampler"))
     paid = _reward(own["reward"]) if "reward" in own else reward
-    return Recipe(name, config, own.get("start", "tiny"), problems, paid, own.get("lora"))
+    return Recipe(name, config, own.get("start", "tiny"), problems, paid, own.get("lora"), own.get("knows"))
 
 # %% ../nbs/19_recipes.ipynb #c11efd1d
 def recipes() -> dict:
@@ -102,12 +103,12 @@ def load_recipe(
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"recipe {path.name}: {' '.join(str(error).split())}") from None
 
-# %% ../nbs/19_recipes.ipynb #5c631815
+# %% ../nbs/19_recipes.ipynb #d6bc99bb
 def _start(recipe, runs, changes):
     "(model, tokenizer) that a recipe starts from."
     if recipe.start in SIZES:
         tokenizer = char_tokenizer()
-        return tiny_model(recipe.start, tokenizer, knows=CALCULATIONS), tokenizer
+        return tiny_model(recipe.start, tokenizer, **({"knows": recipe.knows} if recipe.knows else {})), tokenizer
     if recipe.start in recipes() and recipe.start not in shipped_policies():
         return train_recipe(recipe.start, runs, **{k: v for k, v in changes.items() if k != "folder"})[:2]
     return load_policy(recipe.start, device="cpu")

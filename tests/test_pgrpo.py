@@ -1,0 +1,382 @@
+"""P-GRPO: one step by hand, scores of what was drawn from, settings that arrive, resume, stops, limits of models."""
+import copy
+import functools
+import itertools
+import os
+import random
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from helpers import TOKENIZERS, spied, tiny
+from training import adapters, stop_at
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from threadweaver_ref import pgrpo, train
+from threadweaver_ref.checkpoint import RunFolder
+from threadweaver_ref.decode import DecodeConfig, generate
+from threadweaver_ref.draw import live_plot
+from threadweaver_ref.forkjoin import ForkJoin, Limits
+from threadweaver_ref.format import Fork, Text, Thread
+from threadweaver_ref.model import add_lora, decoding_copy, merge_lora
+from threadweaver_ref.pgrpo import PGRPOConfig, roll_out, summary, train_pgrpo
+from threadweaver_ref.reward import group_advantages, reward
+from threadweaver_ref.schoolbook import sum_of_products
+from threadweaver_ref.scoring import collate, tree_logprobs
+from threadweaver_ref.sft import SFTConfig, train_sft
+from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
+from threadweaver_ref.train import TrainConfig, step_problems
+from threadweaver_ref.tree import SpanTree
+
+PROBLEM = sum_of_products([(2, 3), (4, 5)])
+SHORT = Limits(max_tokens=40, max_thread_tokens=12)
+
+
+@functools.cache
+def learner():
+    tokenizer = TOKENIZERS["char"]()
+    return tiny("Qwen3", tokenizer, initializer_range=.1), tokenizer
+
+
+def lively(rollout, problem): return (len(rollout.text) % 7) / 7 + rollout.text.count("1")   # differs among rollouts of random weights
+
+
+def run(folder=None, steps=4, own=False, **options):
+    "A short run, stopped after `steps`; `own`: with a reward that only the first process gives as it should be."
+    model, tokenizer = learner()
+    torch.manual_seed(0)
+    adapted = add_lora(copy.deepcopy(model), r=4)
+    config = PGRPOConfig(**{**dict(steps=4, batch=2, group=4, limits=SHORT, lr=1e-2, save_every=2, folder=folder), **options})
+    pay = (lambda r, p: lively(r, p) + int(os.environ["RANK"]) * random.random()) if own else lively
+    problems = [PROBLEM, sum_of_products([(7, 8)]), sum_of_products([(1, 9)])]
+    return adapted, train_pgrpo(adapted, tokenizer, problems, config, pay, stop_at(steps) if steps < 4 else None)
+
+
+# ---- settings
+
+BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
+       (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(attention="flex"), "dense"),
+       (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"),
+       (dict(weight_decay=-1.0), "below 0"), (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
+
+@pytest.mark.parametrize("bad, message", BAD)
+def test_bad_settings(bad, message):
+    with pytest.raises(ValueError, match=message): PGRPOConfig(**bad)
+
+
+def test_defaults_are_the_ones_written_down():
+    assert asdict(PGRPOConfig()) == dict(
+        asdict(TrainConfig()), steps=100, batch=16, weight_decay=0.0, save_every=25, mixed_precision="no", group=8, mode="parallel",
+        limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)), normalize="mean")
+
+
+def test_settings_of_rollouts_arrive(monkeypatch):
+    "Temperature 1 and nothing left out, join, mode and limits as asked for; new seeds in every step."
+    (model, tokenizer), decoded, chosen = learner(), spied(monkeypatch, pgrpo, "generate"), spied(monkeypatch, pgrpo, "step_problems")
+    config = PGRPOConfig(steps=3, batch=2, group=3, mode="autoregressive", join="result", chat=False, limits=Limits(11, 7), seed=4)
+    texts = train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM, sum_of_products([(7, 8)])], config, lively)
+    assert len(texts) == len(decoded) == 3
+    for (_, _, questions, decoding, seeds), _ in decoded:
+        assert decoding == DecodeConfig("autoregressive", "result", 1.0, limits=Limits(11, 7), chat=False)
+        assert len(questions) == 6 == 3 + questions.count(PROBLEM.question)
+        assert len(set(map(str, seeds))) == 6
+    assert len({str(seed) for (*_, seeds), _ in decoded for seed in seeds}) == 18
+    other = spied(monkeypatch, pgrpo, "generate")
+    train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], replace(config, steps=1, batch=1, seed=5), lively)
+    assert not {str(s) for s in other[0][0][4]} & {str(s) for s in decoded[0][0][4]} and [c[0][2].seed for c in chosen[-1:]] == [5]
+
+
+@pytest.mark.parametrize("join", ["concat", "result", "kv"])
+def test_rollouts_join_as_asked(monkeypatch, join):
+    (model, tokenizer), decoded = learner(), spied(monkeypatch, pgrpo, "generate")
+    roll_out(model, tokenizer, [PROBLEM], PGRPOConfig(group=2, join=join, limits=SHORT))
+    assert [(c[0][3].mode, c[0][3].join, c[0][3].temperature) for c in decoded] == [("parallel", join, 1)]
+
+
+def test_settings_of_the_update_arrive(monkeypatch, tmp_path):
+    (model, tokenizer), adamws, muons = learner(), spied(monkeypatch, torch.optim, "AdamW"), spied(monkeypatch, torch.optim, "Muon")
+    centred, cut, clipped = spied(monkeypatch, pgrpo, "group_advantages"), spied(monkeypatch, pgrpo, "micro_batches"), spied(monkeypatch, pgrpo, "update")
+    seeded, made, saved = spied(monkeypatch, train, "set_seed"), spied(monkeypatch, train, "Accelerator"), spied(monkeypatch, RunFolder, "save")
+    config = PGRPOConfig(steps=4, batch=1, group=3, normalize="std", lr=.02, warmup=.5, weight_decay=.07, betas=(.7, .8), clip=.3, micro_tokens=99,
+                         seed=3, folder=str(tmp_path), save_every=3, limits=SHORT, mixed_precision="bf16")
+    log = train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], config, lively)
+    assert [r["lr"] / .02 for r in log] == pytest.approx([.5, 1, .5, 0]) and {c[0][1] for c in centred} == {"std"} and {c[0][1] for c in cut} == {99}
+    (args, named), = adamws
+    assert args[1:] == (.02, (.7, .8)) and named["weight_decay"] == .07 and not muons
+    assert {c[0][2] for c in clipped} == {.3} and made == [((), {"mixed_precision": "bf16"})] and seeded == [((3,), {})]
+    assert [c[0][2] for c in saved] == [0, 3, 4] and saved[0][0][0].path == tmp_path
+    train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], replace(config, steps=1, folder=None, optimizer="muon", mixed_precision="no"), lively)
+    (args, named), = muons
+    assert args[1:] == (.02, .07) and len(args[0]) == 14
+
+
+# ---- scores of what was drawn from
+
+def test_banned_ids_have_no_share():
+    "In sequential mode `<Parallel>` cannot be drawn: the probabilities of all others add up to 1."
+    model, tokenizer = learner()
+    banned, trees = tokenizer.convert_tokens_to_ids("<Parallel>"), []
+    for i in range(len(tokenizer)):
+        tree = SpanTree()
+        tree.add([i], [tree.add(encode_prompt(tokenizer, "7?"), [], sampled=False)], sampled=True)
+        trees.append(tree.pack())
+    with torch.no_grad(): logprobs = tree_logprobs(model, collate(trees), [banned])
+    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-5) and logprobs[banned] == -torch.inf
+    with torch.no_grad(): free = tree_logprobs(model, collate(trees))
+    others = torch.arange(len(tokenizer)) != banned
+    assert torch.allclose(free[others] - torch.log1p(-free[banned].exp()), logprobs[others], atol=1e-5)
+
+
+def seen_scores(monkeypatch):
+    "What an update asks `tree_logprobs` for, and gets: [(batch, banned, logprobs, was dropout on?), ...]."
+    found, scored = [], train.tree_logprobs
+    def spy(model, batch, banned=()):
+        found.append((batch, list(banned), scored(model, batch, banned), model.training))
+        return found[-1][2]
+    monkeypatch.setattr(train, "tree_logprobs", spy)
+    return found
+
+
+def test_sequential_scores_are_those_of_what_was_drawn_from(monkeypatch):
+    """Recorded are the model's own log-probabilities, and drawing was among all tokens that are not banned. So a score is the recorded one
+    less the logarithm of the share that was left; the model's own, run over each line alone, say how large that was."""
+    (model, tokenizer), found = learner(), seen_scores(monkeypatch)
+    config = PGRPOConfig(steps=1, batch=1, group=4, mode="sequential", limits=SHORT, micro_tokens=1)
+    rollouts = roll_out(model, tokenizer, [PROBLEM], config)
+    train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], config, lively)
+    banned = ForkJoin([0], tokenizer, mode="sequential").main.banned_ids
+    assert control_ids(tokenizer)["<Parallel>"] in banned and all(sorted(b) == sorted(banned) for _, b, *_ in found) and len(found) > 1
+    lines = {tuple(r.tree.path_ids(len(r.tree) - 1)): r for r in rollouts}
+    for batch, _, scores, _ in found:
+        r = lines[tuple(batch["input_ids"][0].tolist())]
+        n = len(r.logprobs)
+        with torch.no_grad(): own = model(batch["input_ids"]).logits[0, -n - 1:-1].log_softmax(-1)
+        left = 1 - own[:, list(banned)].exp().sum(1)
+        assert torch.allclose(scores, r.logprobs - left.log(), atol=1e-4) and (scores > r.logprobs + 1e-4).any()
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["of the model", "of its adapters"])
+def test_dropout_is_off_while_scoring(monkeypatch, adapted):
+    "Decoding samples without it, so a score with it would be another policy's. The first scores are the recorded log-probabilities."
+    tokenizer, found = TOKENIZERS["char"](), seen_scores(monkeypatch)
+    torch.manual_seed(0)
+    drop = dict(resid_pdrop=.5, embd_pdrop=.5, attn_pdrop=.5) if not adapted else dict(resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
+    model = GPT2LMHeadModel(GPT2Config(n_positions=256, n_embd=32, n_layer=2, n_head=2, vocab_size=len(tokenizer), initializer_range=.3,
+                                       bos_token_id=None, eos_token_id=tokenizer.eos_token_id, **drop)).eval()
+    if adapted:
+        model = add_lora(model, r=4, dropout=.5)
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if "lora_B" in n: p.normal_(0, .05)
+    config = PGRPOConfig(steps=1, batch=1, group=3, limits=SHORT, micro_tokens=1)
+    recorded = {tuple(r.tree.scored().pack().input_ids.tolist()): r.logprobs for r in roll_out(model, tokenizer, [PROBLEM], config)}
+    numbers = itertools.count()
+    train_pgrpo(model, tokenizer, [PROBLEM], config, lambda r, p: next(numbers))
+    assert len(found) >= 2 and not any(training for *_, training in found)
+    for batch, _, scores, _ in found: assert torch.allclose(scores, recorded[tuple(batch["input_ids"][0].tolist())], atol=1e-4)
+
+
+# ---- one step
+
+def slow_step(model, rollouts, advantages):
+    "Equation 4 by hand: every sampled span behind all that it sees, through the plain model; over all tokens, those without an advantage too."
+    total, count = 0, 0
+    for r, advantage in zip(rollouts, advantages):
+        for s in (s for s in range(len(r.tree)) if r.tree.sampled[s]):
+            line, n = r.tree.path_ids(s), len(r.tree.ids[s])
+            own = model(torch.tensor([line]), use_cache=False).logits[0, -n - 1:-1].log_softmax(-1)
+            total, count = total + advantage * own[range(n), line[-n:]].sum(), count + n
+    return -total / count, count
+
+
+def test_one_step_by_hand(monkeypatch):
+    "Two groups; the rewards of one are all alike: its advantages are 0, and its tokens count all the same (eq. 4)."
+    model, tokenizer = learner()
+    config = PGRPOConfig(steps=1, batch=2, group=3, limits=SHORT, lr=1e-2, warmup=0, weight_decay=.1, betas=(.8, .9), clip=1e-2, seed=5)
+    problems, trained, hand = [PROBLEM, sum_of_products([(7, 8)])], copy.deepcopy(model), copy.deepcopy(model)
+    pay = lambda r, p: .25 if p is PROBLEM else lively(r, p)
+    passes = seen_scores(monkeypatch)
+    row, = train_pgrpo(trained, tokenizer, problems, config, pay)
+    chosen = step_problems(problems, 0, config, None)
+    rollouts = roll_out(model, tokenizer, chosen, config, 0)
+    scores = [[pay(r, p) for r in rollouts[3 * i:3 * i + 3]] for i, p in enumerate(chosen)]
+    advantages = [x - sum(group) / 3 for group in scores for x in group]
+    nought, at = [abs(a) < 1e-12 for a in advantages], 3 * chosen.index(PROBLEM)
+    assert sum(len(batch["input_ids"]) for batch, *_ in passes) == 6 - sum(nought)   # no pass for what has no advantage
+    assert all(nought[at:at + 3]) and not all(nought) and row["used"] == pytest.approx(1 - sum(nought) / 6)
+    loss, count = slow_step(hand, rollouts, advantages)
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) and row["sampled"] == count == sum(len(r.logprobs) for r in rollouts)
+    loss.backward()
+    assert row["grad_norm"] == pytest.approx(torch.nn.utils.clip_grad_norm_(hand.parameters(), 1e-2).item(), rel=1e-4)
+    torch.optim.AdamW(hand.parameters(), 1e-2, (.8, .9), weight_decay=.1).step()
+    assert torch.allclose(adapters(trained), adapters(hand), atol=1e-5) and not torch.allclose(adapters(trained), adapters(model), atol=1e-3)
+
+
+def wide_hook(tokenizer):
+    "A fork first; the threads write until they are full."
+    block = encode_text(tokenizer, "<Parallel><Outlines><Outline>1:a</Outline><Outline>2:b</Outline></Outlines>")
+    def hook(branch, ids, logits):
+        out = logits.clone()
+        out[[*control_ids(tokenizer).values(), *tokenizer.all_special_ids]] = -torch.inf
+        if not branch.path and not branch.forks:
+            out[:] = -torch.inf
+            out[block[len(ids)]] = 0
+        return out
+    return hook
+
+
+@pytest.mark.parametrize("arch", ["Mistral", "GPT2"])
+def test_forced_tokens_behind_the_window(arch, monkeypatch):
+    "A join may put some there. Nothing sampled sees them, and what is sampled is learned as by hand."
+    tokenizer = TOKENIZERS["char"]()
+    torch.manual_seed(0)
+    small = dict(n_positions=42, n_embd=32, n_layer=2, n_head=2, vocab_size=len(tokenizer), initializer_range=.3,
+                 bos_token_id=None, eos_token_id=tokenizer.eos_token_id, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
+    model = tiny(arch, tokenizer, sliding_window=42) if arch == "Mistral" else GPT2LMHeadModel(GPT2Config(**small)).eval()
+    monkeypatch.setattr(pgrpo, "generate", lambda m, t, q, decoding, seeds: generate(m, t, q, replace(decoding, hook=wide_hook(t)), seeds))
+    config = PGRPOConfig(steps=1, batch=1, group=3, limits=Limits(100, 12), warmup=0)
+    pay = lambda r, p: sum(map(ord, r.text)) % 9
+    rollouts, problem = roll_out(model, tokenizer, [sum_of_products([(7, 8)])], config), sum_of_products([(7, 8)])
+    ends = [max(map(r.tree.end, range(len(r.tree)))) for r in rollouts]
+    assert min(ends) > 42 and all(r.tree.end(s) <= 42 for r in rollouts for s in range(len(r.tree)) if r.tree.sampled[s])
+    trained = copy.deepcopy(model)
+    row, = train_pgrpo(trained, tokenizer, [problem], config, pay)
+    scores = [pay(r, problem) for r in rollouts]
+    loss, count = slow_step(model, rollouts, [x - sum(scores) / 3 for x in scores])
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-5) and row["sampled"] == count and row["grad_norm"] > 0
+    log = train_sft(trained, tokenizer, [r.tree for r in rollouts], SFTConfig(steps=1, batch=3, lr=1e-9))   # ready trees, in fine-tuning
+    assert log[0]["sampled"] == count and log[0]["tokens"] < sum(len(r.tree.pack()) for r in rollouts)
+
+
+def test_all_alike_changes_nothing():
+    "Groups whose rollouts all earn the same leave the weights as they are."
+    model, tokenizer = learner()
+    adapted = copy.deepcopy(model)
+    log = train_pgrpo(adapted, tokenizer, [PROBLEM], PGRPOConfig(steps=1, batch=1, group=2, limits=SHORT), lambda r, p: 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), adapted.parameters()))
+    assert log[0]["used"] == log[0]["loss"] == log[0]["grad_norm"] == 0 < log[0]["sampled"]
+
+
+def test_a_question_without_room_for_an_answer():
+    "Its rollouts have no tokens; whatever they earn, the others are learned."
+    tokenizer = TOKENIZERS["char"]()
+    model, numbers = tiny("Qwen3", tokenizer, max_position_embeddings=12), itertools.count()
+    config = PGRPOConfig(steps=1, batch=2, group=2, limits=SHORT)
+    problems = [sum_of_products([(7, 8)]), sum_of_products([(7, 8)] * 5)]
+    assert sorted(len(r.logprobs) for r in roll_out(model, tokenizer, problems, config))[:2] == [0, 0]
+    row, = train_pgrpo(model, tokenizer, problems, config, lambda r, p: next(numbers))
+    assert row["used"] == 1 and row["grad_norm"] > 0
+
+
+def test_a_reward_that_is_no_number():
+    model, tokenizer = learner()
+    with pytest.raises(ValueError, match="not a finite number"):
+        train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], PGRPOConfig(steps=1, batch=1, group=2, limits=SHORT), lambda r, p: float("nan"))
+
+
+def test_summary_by_hand():
+    "Correct, forked, width over inner forks too, of three made-up rollouts; without a fork there is no width."
+    inner = Fork(["c", "d", "e"], [Thread([])] * 3)
+    say = lambda answer, trajectory, latency, total, well: SimpleNamespace(
+        text=f"\\boxed{{{answer}}}", trajectory=trajectory, forks=len(trajectory) - 1, token_latency=latency, total_tokens=total, well_formed=well)
+    rollouts = [say(26, [Text("x"), Fork(["a", "b"], [Thread([inner]), Thread([])])], 10, 30, True), say(26, [Text("x")], 20, 20, True),
+                say(27, [Text("x")], 30, 40, False)]
+    rewards = torch.tensor([[1.2, 1, 0.]])
+    row = summary(rollouts, [PROBLEM] * 3, rewards, group_advantages(rewards))
+    assert row == pytest.approx(dict(accuracy=2 / 3, fork_rate=1 / 3, token_latency=20, total_tokens=30, well_formed=2 / 3, width=2.5,
+                                     reward=2.2 / 3, used=1))
+    alike = torch.ones(1, 2)
+    row = summary(rollouts[1:], [PROBLEM] * 2, alike, group_advantages(alike))
+    assert row["width"] is None and row["used"] == 0
+
+
+# ---- training
+
+def test_a_reward_is_learned():
+    "Rollouts that write a certain character earn more: after a few steps it is written more often."
+    model, tokenizer = learner()
+    adapted = copy.deepcopy(model)
+    config = PGRPOConfig(steps=40, batch=1, group=16, limits=Limits(max_tokens=10), lr=5e-3)
+    likes = lambda rollout, problem: float(rollout.text.count("7"))
+    log = train_pgrpo(adapted, tokenizer, [PROBLEM], config, likes)
+    before, after = (sum(r["reward"] for r in rows) / 5 for rows in (log[:5], log[-5:]))
+    assert before < 1 and after > 2 and not adapted.training
+
+
+def test_stopped_and_resumed_is_uninterrupted(tmp_path):
+    whole, log = run()
+    with pytest.raises(KeyboardInterrupt): run(str(tmp_path), steps=3)
+    resumed, again = run(str(tmp_path))
+    assert torch.equal(adapters(whole), adapters(resumed))
+    assert [r["reward"] for r in log] == pytest.approx([r["reward"] for r in again]) and log[0]["grad_norm"] > 0
+
+
+def test_a_run_goes_on_with_its_own_reward_only(tmp_path):
+    run(str(tmp_path), lr=1e-3)
+    model, tokenizer = learner()
+    config = PGRPOConfig(steps=4, batch=2, group=4, limits=SHORT, lr=1e-3, save_every=2, folder=str(tmp_path))
+    problems = [PROBLEM, sum_of_products([(7, 8)]), sum_of_products([(1, 9)])]
+    torch.manual_seed(0)
+    adapted = add_lora(copy.deepcopy(model), r=4)
+    with pytest.raises(ValueError, match="with another reward: choose"):
+        train_pgrpo(adapted, tokenizer, problems, config, functools.partial(reward, rho=1.0))
+
+
+def test_muon_trains_adapters_too():
+    adapted, log = run(optimizer="muon", lr=1e-2)
+    start, _ = run(steps=4, lr=1e-9)
+    assert log[0]["grad_norm"] > 0 and not torch.allclose(adapters(adapted), adapters(start))
+
+
+def test_the_base_stays_as_it_was():
+    model, _ = learner()
+    before = [p.clone() for p in model.parameters()]
+    adapted, _ = run()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not adapted.training
+    base = [p for n, p in adapted.named_parameters() if "lora" not in n]
+    assert len(base) == len(before) and all(torch.equal(a, b) for a, b in zip(before, base))
+
+
+def test_rollouts_do_not_depend_on_who_decodes_them():
+    "Two shares, decoded apart, are the rollouts of one process."
+    (model, tokenizer), config = learner(), PGRPOConfig(batch=2, group=3, limits=SHORT)
+    problems = [PROBLEM, sum_of_products([(7, 8)])]
+    whole = roll_out(model, tokenizer, problems, config, 5)
+    shares = [roll_out(model, tokenizer, problems, config, 5, k, 2) for k in (0, 1)]
+    together = [shares[i % 2][i // 2] for i in range(6)]
+    assert [r.text for r in together] == [r.text for r in whole] and len({r.text for r in whole}) > 2
+
+
+def test_decoding_copy_gives_the_same_logits():
+    model, tokenizer = learner()
+    adapted = add_lora(copy.deepcopy(model))
+    with torch.no_grad():
+        for n, p in adapted.named_parameters():
+            if "lora_B" in n: p.normal_(0, .02, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([encode_prompt(tokenizer, "12*3+4*5?")])
+    before = adapted(ids).logits
+    assert (decoding_copy(adapted)(ids).logits - before).abs().max() < 1e-4
+    assert (merge_lora(copy.deepcopy(adapted))(ids).logits - before).abs().max() < 1e-4
+    assert torch.equal(adapted(ids).logits, before) and (model(ids).logits - before).abs().max() > 1e-3
+
+
+def test_empty_list():
+    model, tokenizer = learner()
+    with pytest.raises(ValueError, match="empty"): train_pgrpo(model, tokenizer, [], PGRPOConfig(steps=1))
+
+
+def test_sequential_baseline_never_forks():
+    model, tokenizer = learner()
+    rollouts = roll_out(model, tokenizer, [PROBLEM], PGRPOConfig(group=4, mode="sequential", limits=SHORT))
+    assert all(r.forks == 0 for r in rollouts) and generate(model, tokenizer, [PROBLEM.question], DecodeConfig(limits=SHORT))
+
+
+def test_live_plot(monkeypatch):
+    "One figure, drawn again every second step; none is left open."
+    drawn, before = [], plt.get_fignums()   # other tests leave theirs
+    monkeypatch.setattr("IPython.display.display", lambda **_: SimpleNamespace(update=drawn.append))
+    on_step = live_plot(every=2)
+    for step in range(1, 5): on_step(step, {"step": step, "accuracy": .5, "fork_rate": .5, "width": None, "token_latency": 9.0})
+    assert len(drawn) == 2 and plt.get_fignums() == before
