@@ -61,7 +61,7 @@ def played(trajectory, question, tokenizer, join):
             live.slots += row.book.take(1)
             holds[live.slots[-1]] = live.ids[-1]
             write(live)
-    return row.rollout(step - 1)
+    return row.rollout(step)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -73,6 +73,7 @@ def test_a_row_is_the_replay_of_its_trajectory(name, join):
         rollout = played(trajectory, question, tokenizer, join)
         assert rollout.tree == replay(trajectory, encode_prompt(tokenizer, question), tokenizer, join)
         assert (rollout.token_latency, rollout.total_tokens) == token_counts(trajectory, lambda t: len(encode_text(tokenizer, t)))
+        assert rollout.decode_steps == max(i.end for i in rollout.timeline) - min(i.start for i in rollout.timeline) + 1
         assert rollout.finish_reason == "stop" and not rollout.errors and sum(len(i.ids) for i in rollout.timeline) == len(rollout.logprobs)
 
 
