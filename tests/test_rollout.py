@@ -56,7 +56,7 @@ def played(trajectory, question, tokenizer, join):
                 assert row.seen(b).sum() == len(b.context_ids) and seen == set(b.context_ids) and reading.ids[end] == b.context_ids[-1]
                 assert torch.equal(reading.mask(slice(end, end + 1))[0], row.seen(b))
             for live in [row.open(b, step, 0) for b in starting]: write(live)
-        step += 1
+        step += bool(row.live)
         for live in list(row.live):
             live.slots += row.book.take(1)
             holds[live.slots[-1]] = live.ids[-1]
