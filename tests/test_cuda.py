@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, TOKENIZERS, random_forks, random_text, rngs, tiny
 from test_decode import ROOMY, Script, clean_plan, questions, random_plan, replayed, same
+from training import MIXED
 
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
@@ -12,7 +13,6 @@ from threadweaver_ref.replay import replay
 from threadweaver_ref.tokenizer import encode_prompt
 from threadweaver_ref.sampling import filter_logits, uniforms
 from threadweaver_ref.sft import SFTConfig, train_sft
-from threadweaver_ref.tasks import BENCH_FAMILIES, training_problem
 from threadweaver_ref.scoring import collate, collate_blocks, tree_block_mask, tree_logprobs
 from threadweaver_ref.tree import PackedTree, tree_mask
 
@@ -135,12 +135,11 @@ def test_a_step_for_many_lanes_costs_less_than_many_steps():
 def test_training_with_flex_equals_dense(monkeypatch):
     "Three steps with either attention: nearly the same losses."
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    problems = [training_problem(random.Random(1), [name]) for name in BENCH_FAMILIES]
     losses = {}
     for attention in ("dense", "flex"):
         model = tiny("Qwen3", char, hidden_size=64, head_dim=32)
         config = SFTConfig(steps=3, batch=4, attention=attention, mixed_precision="no")
-        losses[attention] = [row["loss"] for row in train_sft(model, char, problems, config)]
+        losses[attention] = [row["loss"] for row in train_sft(model, char, MIXED, config)]
         assert model.config._attn_implementation == "sdpa" and next(model.parameters()).is_cuda
     assert losses["dense"] == pytest.approx(losses["flex"], rel=2e-2)
 

@@ -56,12 +56,12 @@ def played(trajectory, question, tokenizer, join):
                 assert row.seen(b).sum() == len(b.context_ids) and seen == set(b.context_ids) and reading.ids[end] == b.context_ids[-1]
                 assert torch.equal(reading.mask(slice(end, end + 1))[0], row.seen(b))
             for live in [row.open(b, step, 0) for b in starting]: write(live)
-        step += 1
+        step += bool(row.live)
         for live in list(row.live):
             live.slots += row.book.take(1)
             holds[live.slots[-1]] = live.ids[-1]
             write(live)
-    return row.rollout(step - 1)
+    return row.rollout(step)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -73,6 +73,7 @@ def test_a_row_is_the_replay_of_its_trajectory(name, join):
         rollout = played(trajectory, question, tokenizer, join)
         assert rollout.tree == replay(trajectory, encode_prompt(tokenizer, question), tokenizer, join)
         assert (rollout.token_latency, rollout.total_tokens) == token_counts(trajectory, lambda t: len(encode_text(tokenizer, t)))
+        assert rollout.decode_steps == max(i.end for i in rollout.timeline) - min(i.start for i in rollout.timeline) + 1
         assert rollout.finish_reason == "stop" and not rollout.errors and sum(len(i.ids) for i in rollout.timeline) == len(rollout.logprobs)
 
 

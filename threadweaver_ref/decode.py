@@ -23,7 +23,7 @@ from .tokenizer import encode_prompt, stop_ids
 
 _all_ = ["DecodeConfig", "Interval", "Rollout", "default_seeds", "reprefilled"]   # from the rooms above: users import them from here
 
-# %% ../nbs/13_decode.ipynb #751cfdab
+# %% ../nbs/13_decode.ipynb #c2174c0d
 class Decoder:
     "Decodes many questions at once: a row of the cache for every problem, a lane of the mask for every live branch (TW section 3.2)."
     def __init__(
@@ -39,7 +39,7 @@ class Decoder:
         self.rows, self.step, self.stops = [], 0, stop_ids(model, tokenizer)
         self.stats = {"steps": 0, "forwards": 0, "prefill_tokens": 0, "prefill_seconds": 0.0, "forward_seconds": 0.0}
 
-# %% ../nbs/13_decode.ipynb #8a79ca31
+# %% ../nbs/13_decode.ipynb #751cfdab
 @patch
 def begin(self:Decoder, questions, seeds):
     "Make cache and mask; nothing is decoded yet."
@@ -55,7 +55,7 @@ def _prompt(self:Decoder, number, question):
     if not (question and ids): raise ValueError(f"question {number} is empty")
     return ids
 
-# %% ../nbs/13_decode.ipynb #84100b3a
+# %% ../nbs/13_decode.ipynb #8a79ca31
 @patch
 @torch.inference_mode()
 def turn(self:Decoder) -> list:
@@ -80,7 +80,7 @@ def run(self:Decoder, questions, seeds, progress=False) -> list:
     self.stats["seconds"] = time.perf_counter() - began
     return done
 
-# %% ../nbs/13_decode.ipynb #c197cb0a
+# %% ../nbs/13_decode.ipynb #108d0ce3
 @patch
 def _admit(self:Decoder):
     "Fill free rows of the cache with waiting questions."
@@ -100,7 +100,7 @@ def _retire(self:Decoder) -> list:
         self.rows[row.at] = last
     return [(row.index, row.rollout(self.step)) for row in finished]
 
-# %% ../nbs/13_decode.ipynb #2a5328ee
+# %% ../nbs/13_decode.ipynb #4f492291
 @patch
 def _start(self:Decoder):
     "Prefill what newly ready branches need, and write their first tokens. Repeats while that makes others ready."
@@ -111,7 +111,7 @@ def _start(self:Decoder):
             logits = self.reader.prefill(group)   # (B, V)
             self._write([pair for reading in group for pair in self._open(reading)], logits)
 
-# %% ../nbs/13_decode.ipynb #8e2d3320
+# %% ../nbs/13_decode.ipynb #12504fd8
 @patch
 def _open(self:Decoder, reading) -> list:
     "Give every new branch its lane of the mask. Returns (row, live branch) pairs."
@@ -121,7 +121,7 @@ def _open(self:Decoder, reading) -> list:
         self.reader.lanes.open(row.at, len(row.live) - 1, row.seen(branch))
     return [(row, live) for live in lives]
 
-# %% ../nbs/13_decode.ipynb #02e1ed0c
+# %% ../nbs/13_decode.ipynb #5f8e6fc0
 @patch
 def _choose(self:Decoder, lives, logits):
     "The next token of every branch, and its log-probability under the model itself. Raises `FloatingPointError` for logits that are no numbers."
@@ -146,7 +146,7 @@ def _levels(self:Decoder, lives):
     "(B,) the random number of every branch: of its own stream, at its own place."
     return uniforms(torch.tensor([live.key for live in lives]), torch.tensor([live.before + len(live.ids) for live in lives]))
 
-# %% ../nbs/13_decode.ipynb #8fd41a99
+# %% ../nbs/13_decode.ipynb #02e1ed0c
 @patch
 def _write(self:Decoder, pairs, logits):
     "Choose a token for every (row, live branch); those that stop are fed to their state machines."
@@ -161,7 +161,7 @@ def _feed(self:Decoder, row, live, reason):
     "A branch has stopped: the last lane takes its place, its tokens become a span of the tree."
     self.reader.lanes.close(row.at, row.feed(live, self.step, reason), len(row.live))
 
-# %% ../nbs/13_decode.ipynb #28ae144e
+# %% ../nbs/13_decode.ipynb #19a43ca9
 @patch
 def _close_stragglers(self:Decoder):
     "Close the threads of every fork that is older than the deadline."
@@ -176,7 +176,7 @@ def _close_thread(self:Decoder, row, thread):
     for live in sorted(below, key=lambda x: -x.branch.depth): self._feed(row, live, "deadline")
     if not thread.closed and not row.machine.done: row.machine.cancel(thread, "deadline")
 
-# %% ../nbs/13_decode.ipynb #02b82dc4
+# %% ../nbs/13_decode.ipynb #6a397c46
 @patch
 def _advance(self:Decoder):
     "Every live branch of every problem reads its last token and writes the next."
@@ -185,7 +185,7 @@ def _advance(self:Decoder):
     self.stats["steps"] += 1
     self._write([(row, live) for row in self.rows for live in row.live], self.reader.step(self.rows))
 
-# %% ../nbs/13_decode.ipynb #ab1b9394
+# %% ../nbs/13_decode.ipynb #33d43404
 def generate(
     model,                  # any Hugging Face causal language model that `check_model` accepts
     tokenizer,              # with the control tokens

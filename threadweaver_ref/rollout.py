@@ -14,11 +14,11 @@ import torch
 from fastcore.basics import patch
 
 from .cache import SlotBook
+from .domains import extract_answer
 from .forkjoin import MODES, Limits
 from .format import Fork, check_format, token_counts
 from .joins import get_join
 from .sampling import stream_key
-from .domains import extract_answer
 from .tokenizer import encode_text
 from .tree import SpanTree
 
