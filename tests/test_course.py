@@ -63,10 +63,12 @@ CASES = [(1,), (2,), (3,)]
 SAYS = {   # what comes out, what is expected, is it the same?
     "tensors": (torch.tensor([1., 2]), torch.tensor([1., 2 + 1e-8]), True), "other tensors": (torch.tensor([1.]), torch.tensor([1.1]), False),
     "a tensor as a list": ([1, 0], torch.tensor([True, False]), True), "other shapes": (torch.zeros(2, 1), torch.zeros(2), False),
-    "a tensor and a text": ("0", torch.zeros(1), False), "infinities": (float("-inf"), float("-inf"), True), "other infinities": (float("inf"), 1., False),
+    "a tensor and a text": ("0", torch.zeros(1), False), "infinities": (float("-inf"), float("-inf"), True),
+    "other infinities": (float("inf"), 1., False),
     "nan": (float("nan"), float("nan"), True), "near": (1, 1 + 1e-9, True), "far": (1.0, 1.1, False), "a float and a text": ("a", 1.0, False),
     "lists": ([1.0, [2]], (1.0, [2]), True), "other lists": ([1], [1, 2], False), "dictionaries": ({"a": torch.ones(2)}, {"a": torch.ones(2)}, True),
-    "other dictionaries": ({"a": 1}, {"a": 1, "b": 2}, False), "nodes": ([Text("x")], [Text("x")], True), "other nodes": ([Text("x")], [Text("y")], False),
+    "other dictionaries": ({"a": 1}, {"a": 1, "b": 2}, False), "nodes": ([Text("x")], [Text("x")], True),
+    "other nodes": ([Text("x")], [Text("y")], False),
     "half is not zero": (0, 0.5, False), "the same infinity in a tensor": (torch.tensor([-torch.inf]), torch.tensor([-torch.inf]), True),
 }
 

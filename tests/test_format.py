@@ -191,6 +191,7 @@ BROKEN = {
     "a thread in a thread": (BLOCK.replace("1:x", "1:<Thread>1:x</Thread>"), "tag_outside_block"),
     "a fork in an outline": (BLOCK.replace("1:a", "1:" + BLOCK), "tag_outside_block"),
     "outlines after a thread": ("<Parallel><Thread>1:x</Thread>" + OUTLINES[10:] + "</Parallel>", "missing_outlines"),
+    "outlines twice": (BLOCK.replace("<Thread>1", OUTLINES[10:] + "<Thread>1"), "tag_outside_block"),
     "an unclosed block": (BLOCK.replace("</Parallel>", ""), "unclosed_block"),
     "an unclosed thread": (BLOCK.replace("y</Thread>", "y"), "unclosed_block"),
     "unclosed outlines": (BLOCK.replace("</Outlines>", ""), "unclosed_block"),
@@ -242,6 +243,13 @@ def test_format_errors_say_the_rule_and_can_be_pickled(rule):
     copied = pickle.loads(pickle.dumps(error))
     assert type(copied) is FormatError and str(copied) == str(error) == f"{rule} at character 36: {RULES[rule]} (some detail)"
     assert (copied.rule, copied.offset, copied.detail) == (rule, 36, "some detail")
+
+
+def test_one_fault_is_reported_once():
+    for name, rule in [("unclosed outlines", "unclosed_block"), ("no outlines", "missing_outlines"), ("an unclosed thread", "unclosed_block"),
+                       ("a thread in a thread", "tag_outside_block"), ("two conclusions", "conclusion_not_last")]:
+        assert rules(BROKEN[name][0])[:1] == [rule] and rules(BROKEN[name][0]).count(rule) == 1, name
+    assert rules(BROKEN["unclosed outlines"][0]) == ["unclosed_block"] and rules(BROKEN["no outlines"][0]) == ["missing_outlines"]
 
 
 def test_one_pass_finds_all():
@@ -305,8 +313,10 @@ def test_token_latency_is_the_time_of_a_clock(seed):
 
 
 def test_token_counts_of_the_running_example():
-    assert token_counts(example(), length) == (92, 132) and token_counts(example(fork=False), length) == (98, 98)
-    assert token_counts(example(conclude=True), length) == (94, 136) and token_counts([], length) == (1, 1) and token_counts([], length, end=False) == (0, 0)
+    assert token_counts(example(), length) == (92, 132)
+    assert token_counts(example(fork=False), length) == (98, 98)
+    assert token_counts(example(conclude=True), length) == (94, 136)
+    assert token_counts([], length) == (1, 1) and token_counts([], length, end=False) == (0, 0)
 
 
 def test_what_was_decoded_is_counted_by_its_ids():
@@ -314,5 +324,6 @@ def test_what_was_decoded_is_counted_by_its_ids():
     close, end = 10, 1
     a, b = Thread([Text("aa", ids=(5,))], ids=(close,)), Thread([Text("bb", ids=(5, 6, 7))], ids=(end,))
     fork = Fork(["x", "y"], [a, b], ids=(1, 2, 3, 4, 5))
-    assert token_counts([fork, Text("z", ids=(8, 9))], length, close=close) == (5 + (3 + 3 + 2) + 1 + 2 + 1, 5 + (3 + 1 + 1) + (3 + 3 + 2) + 1 + 2 + 1)
+    a_tokens, b_tokens = 3 + 1 + 1, 3 + 3 + 2
+    assert token_counts([fork, Text("z", ids=(8, 9))], length, close=close) == (5 + b_tokens + 1 + 2 + 1, 5 + a_tokens + b_tokens + 1 + 2 + 1)
     assert token_counts([Fork(["x", "y"], [], ids=(1, 2))], length) == (3, 3)   # its threads have not begun

@@ -34,7 +34,11 @@ def exercises(path) -> list:
     return [(code, said) for code in code_cells(path) if (said := check_statement(code))]
 
 
-ROOMS = [path for path in sorted(NBS.glob("[0-9]*.ipynb")) if exercises(path)]
+# Rooms whose answers are still being written; this set may only shrink.
+PENDING = {f"{room}.ipynb" for room in ("11_cache", "12_sampling", "12b_rollout", "12c_reader", "13_decode", "14_checkpoint", "14_train", "15_sft",
+                                        "16_reward", "17_pgrpo", "18_selftrain", "19_recipes", "20_evaluate", "21_scale")}
+WITH_EXERCISES = [path for path in sorted(NBS.glob("[0-9]*.ipynb")) if exercises(path)]
+ROOMS = [path for path in WITH_EXERCISES if (NBS / "solutions" / path.name).exists()]
 rooms = pytest.mark.parametrize("room", ROOMS, ids=lambda p: p.stem)
 
 
@@ -74,9 +78,7 @@ def test_answers_are_correct_and_no_constant_is(path, checks):
 
 @rooms
 def test_the_check_of_an_exercise_is_that_of_its_answer(room):
-    answers = NBS / "solutions" / room.name
-    assert answers.exists(), f"{room.name} has exercises but no nbs/solutions/{room.name}"
-    assert [said for _, said in exercises(room)] == [said for _, said in exercises(answers)]
+    assert [said for _, said in exercises(room)] == [said for _, said in exercises(NBS / "solutions" / room.name)]
 
 
 @rooms
@@ -88,7 +90,9 @@ def test_a_stub_is_not_yet(room, checks, capsys):
         assert checks[-1][3] is False and capsys.readouterr().out.endswith("not yet\n")
 
 
-def test_every_answer_has_an_exercise(): assert {p.name for p in SOLUTIONS} == {p.name for p in ROOMS}
+def test_every_exercise_has_an_answer_and_the_other_way_round():
+    asked, answered = {p.name for p in WITH_EXERCISES}, {p.name for p in SOLUTIONS}
+    assert answered <= asked and asked - answered <= PENDING, sorted(asked ^ answered)
 
 
 @pytest.mark.parametrize("code, said", [("check(f, g, [1])", "check(f, g, [1])"), ("x = 1\ncheck(f,\n      g, h)", "check(f,\n      g, h)"),
