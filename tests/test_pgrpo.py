@@ -95,7 +95,7 @@ def test_rollouts_join_as_asked(monkeypatch, join):
 
 def test_settings_of_the_update_arrive(monkeypatch, tmp_path):
     (model, tokenizer), adamws, muons = learner(), spied(monkeypatch, torch.optim, "AdamW"), spied(monkeypatch, torch.optim, "Muon")
-    centred, cut, clipped = spied(monkeypatch, pgrpo, "group_advantages"), spied(monkeypatch, pgrpo, "micro_batches"), spied(monkeypatch, pgrpo, "update")
+    centred, cut, clipped = (spied(monkeypatch, pgrpo, name) for name in ("group_advantages", "micro_batches", "update"))
     seeded, made, saved = spied(monkeypatch, train, "set_seed"), spied(monkeypatch, train, "Accelerator"), spied(monkeypatch, RunFolder, "save")
     config = PGRPOConfig(steps=4, batch=1, group=3, normalize="std", lr=.02, warmup=.5, weight_decay=.07, betas=(.7, .8), clip=.3, micro_tokens=99,
                          seed=3, folder=str(tmp_path), save_every=3, limits=SHORT, mixed_precision="bf16")
