@@ -146,7 +146,8 @@ def test_training_with_flex_equals_dense(monkeypatch):
 
 def test_pgrpo_samples_and_updates_as_on_the_cpu(monkeypatch, tmp_path):
     "A step with adapters: the same rollouts, so the same reward, and about the same gradient; stopped and resumed as well."
-    from test_policy import adapters, run
+    from test_pgrpo import run
+    from training import adapters
     here, log = run()
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     there, rows = run(str(tmp_path / "whole"))

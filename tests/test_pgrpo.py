@@ -7,7 +7,6 @@ import random
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from helpers import TOKENIZERS, spied, tiny
@@ -17,7 +16,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from threadweaver_ref import pgrpo, train
 from threadweaver_ref.checkpoint import RunFolder
 from threadweaver_ref.decode import DecodeConfig, generate
-from threadweaver_ref.draw import live_plot
 from threadweaver_ref.forkjoin import ForkJoin, Limits
 from threadweaver_ref.format import Fork, Text, Thread
 from threadweaver_ref.model import add_lora, decoding_copy, merge_lora
@@ -97,7 +95,7 @@ def test_rollouts_join_as_asked(monkeypatch, join):
 
 def test_settings_of_the_update_arrive(monkeypatch, tmp_path):
     (model, tokenizer), adamws, muons = learner(), spied(monkeypatch, torch.optim, "AdamW"), spied(monkeypatch, torch.optim, "Muon")
-    centred, cut, clipped = spied(monkeypatch, pgrpo, "group_advantages"), spied(monkeypatch, pgrpo, "micro_batches"), spied(monkeypatch, pgrpo, "update")
+    centred, cut, clipped = (spied(monkeypatch, pgrpo, name) for name in ("group_advantages", "micro_batches", "update"))
     seeded, made, saved = spied(monkeypatch, train, "set_seed"), spied(monkeypatch, train, "Accelerator"), spied(monkeypatch, RunFolder, "save")
     config = PGRPOConfig(steps=4, batch=1, group=3, normalize="std", lr=.02, warmup=.5, weight_decay=.07, betas=(.7, .8), clip=.3, micro_tokens=99,
                          seed=3, folder=str(tmp_path), save_every=3, limits=SHORT, mixed_precision="bf16")
@@ -371,12 +369,3 @@ def test_sequential_baseline_never_forks():
     model, tokenizer = learner()
     rollouts = roll_out(model, tokenizer, [PROBLEM], PGRPOConfig(group=4, mode="sequential", limits=SHORT))
     assert all(r.forks == 0 for r in rollouts) and generate(model, tokenizer, [PROBLEM.question], DecodeConfig(limits=SHORT))
-
-
-def test_live_plot(monkeypatch):
-    "One figure, drawn again every second step; none is left open."
-    drawn, before = [], plt.get_fignums()   # other tests leave theirs
-    monkeypatch.setattr("IPython.display.display", lambda **_: SimpleNamespace(update=drawn.append))
-    on_step = live_plot(every=2)
-    for step in range(1, 5): on_step(step, {"step": step, "accuracy": .5, "fork_rate": .5, "width": None, "token_latency": 9.0})
-    assert len(drawn) == 2 and plt.get_fignums() == before

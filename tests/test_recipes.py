@@ -38,7 +38,8 @@ def test_the_shipped_ones():
 
 
 def test_everything_in_a_file_arrives(tmp_path):
-    r = load_recipe(written(tmp_path, "kind: sft\nstart: small\narrangement: {RandomForks: {p: 0.2}}\nsampler: {mixture: {steps: 7}}\nlr: 0.5\nlora: 3"))
+    r = load_recipe(written(tmp_path, "kind: sft\nstart: small\n"
+                            "arrangement: {RandomForks: {p: 0.2}}\nsampler: {mixture: {steps: 7}}\nlr: 0.5\nlora: 3"))
     assert (r.name, r.start, r.lora, r.config) == ("mine", "small", 3, SFTConfig(lr=.5, arrangement=RandomForks(.2)))
     assert r.problems.func is mixture and r.problems.keywords == {"steps": 7}
     r = load_recipe(written(tmp_path, "kind: pgrpo\nreward: {rho: 2}\nlimits: {max_tokens: 9}\ngroup: 3"))
@@ -55,10 +56,13 @@ def test_a_domain_without_a_sampler_of_ours(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text, said", [
     ("kind: dpo", "unknown kind 'dpo': choose sft or pgrpo"), ("speed: 9", "unknown key 'speed'"), ("lr: 5e-3", "lr='5e-3': must be a number"),
-    ("kind: pgrpo\nsequential: 0.1", "unknown key 'sequential'"), ("arrangement: Forked", "unknown arrangement 'Forked': choose one of Sequential"),
-    ("arrangement: {RandomForks: 7}", "probability"), ("arrangement: {RandomForks: {q: 7}}", "'q'"), ("sampler: easy", "choose one of mixture, decisions"),
+    ("kind: pgrpo\nsequential: 0.1", "unknown key 'sequential'"),
+    ("arrangement: Forked", "unknown arrangement 'Forked': choose one of Sequential"),
+    ("arrangement: {RandomForks: 7}", "probability"), ("arrangement: {RandomForks: {q: 7}}", "'q'"),
+    ("sampler: easy", "choose one of mixture, decisions"),
     ("domain: chess", "unknown domain 'chess'"), ("reward: {bonus: 1}", "unknown reward option 'bonus': choose rho or clip"),
-    ("kind: pgrpo\nlimits: {tokens: 1}", "'tokens'"), ("steps: 0", "steps=0: must be at least 1"), ("- a\n- b", "expected lines"), ("a: [", "recipe mine.yaml"),
+    ("kind: pgrpo\nlimits: {tokens: 1}", "'tokens'"), ("steps: 0", "steps=0: must be at least 1"),
+    ("- a\n- b", "expected lines"), ("a: [", "recipe mine.yaml"),
     ("!!python/object/apply:os.system ['true']", "could not determine a constructor")])
 def test_what_is_wrong_is_said_in_one_line(tmp_path, text, said):
     with pytest.raises(ValueError) as error: load_recipe(written(tmp_path, text))
@@ -67,7 +71,8 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, said):
 
 @pytest.mark.parametrize("name", ["nope", "nope.yaml", "schoolbook-sft.yml", ""])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match="unknown recipe .* choose one of schoolbook-base, schoolbook-rl, schoolbook-sft, or a .yaml file"): load_recipe(name)
+    listed = "unknown recipe .* choose one of schoolbook-base, schoolbook-rl, schoolbook-sft, or a .yaml file"
+    with pytest.raises(ValueError, match=listed): load_recipe(name)
 
 
 @pytest.mark.parametrize("name", ["schoolbook-base", "schoolbook-sft", "schoolbook-rl"])
@@ -112,7 +117,8 @@ def command(monkeypatch, *args):
 
 def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     "Two folders, with the same logits; the merged one needs no peft. Other seeds than 0 keep their runs apart."
-    path = written(tmp_path, "kind: pgrpo\nstart: schoolbook-sft\nlora: 2\nsampler: decisions\nsteps: 1\nbatch: 1\ngroup: 2\nlimits: {max_tokens: 60}")
+    path = written(tmp_path, "kind: pgrpo\nstart: schoolbook-sft\nlora: 2\n"
+                   "sampler: decisions\nsteps: 1\nbatch: 1\ngroup: 2\nlimits: {max_tokens: 60}")
     assert not command(monkeypatch, path, "--seed", 3, "--out", tmp_path / "rl", "--runs", tmp_path / "runs")
     assert (tmp_path / "rl" / "adapter_config.json").is_file() and not (tmp_path / "rl" / "config.json").exists()
     run = tmp_path / "runs" / "seed-3" / "mine"

@@ -63,8 +63,8 @@ class Mute:
 
 @pytest.mark.parametrize("bad, message", [
     (dict(sequential=.8, autoregressive=.3), "sum"), (dict(sequential=-.5, autoregressive=1), "between 0 and 1"), (dict(steps=0), "steps=0"),
-    (dict(arrangement="sometimes"), "arrangement"), (dict(arrangement=WheneverReady), "arrangement"), (dict(arrangement=Mute(), join="result"), "Mute"),
-    (dict(join="zip"), "zip")])
+    (dict(arrangement="sometimes"), "arrangement"), (dict(arrangement=WheneverReady), "arrangement"),
+    (dict(arrangement=Mute(), join="result"), "Mute"), (dict(join="zip"), "zip")])
 def test_config_is_validated(bad, message):
     with pytest.raises(ValueError, match=message): SFTConfig(**bad)
 

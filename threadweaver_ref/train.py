@@ -6,10 +6,11 @@
 __all__ = ['TrainConfig', 'check_settings', 'step_problems', 'micro_batches', 'shard', 'matrices', 'make_optimizers', 'Setup',
            'precision', 'prepared', 'likelihood', 'update', 'train_loop']
 
-# %% ../nbs/14_train.ipynb #ee700f4f
+# %% ../nbs/14_train.ipynb #f71e74d4
 import math
 import random
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -190,7 +191,13 @@ def update(
     for o in setup.optimizers: o.step(); o.zero_grad()
     return {"loss": loss, "grad_norm": norm, "sampled": count}
 
-# %% ../nbs/14_train.ipynb #62362046
+# %% ../nbs/14_train.ipynb #f7bdf8f1
+def _advance(schedules):
+    "The next learning rates. A step without a gradient counts as a step; torch would warn of it."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        for s in schedules: s.step()
+
 def _run(config, run, start, setup, one_step, on_step, name):
     "The steps from `start` on, with a log and checkpoints. Returns the log."
     main = setup.accelerator.is_main_process
@@ -199,7 +206,7 @@ def _run(config, run, start, setup, one_step, on_step, name):
     bar = dict(initial=start, total=config.steps, desc=name, mininterval=1, **({} if main else {"disable": True}))
     for step in tqdm(range(start, config.steps), **bar):
         row = one_step(step, setup)
-        for s in setup.schedules: s.step()
+        _advance(setup.schedules)
         log.append({"step": step + 1, **row, "lr": setup.schedules[0].get_last_lr()[0], "seconds": time.perf_counter() - began})
         if main: run.append(log[-1])
         if on_step: on_step(step + 1, log[-1])
