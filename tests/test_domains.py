@@ -163,7 +163,9 @@ def test_whenever_ready_forks_every_level():
 
 
 def test_sequential_keeps_the_order():
-    for p in problems(40): assert Sequential().arrange(p) == [Text(p.opening + "".join(s.text for s in p.steps) + p.closing)] == RandomForks(0).arrange(p)
+    for p in problems(40):
+        line = [Text(p.opening + "".join(s.text for s in p.steps) + p.closing)]
+        assert Sequential().arrange(p) == line == RandomForks(0).arrange(p)
 
 
 def test_random_forks_vary_and_follow_their_generator():

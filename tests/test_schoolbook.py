@@ -334,9 +334,10 @@ def test_the_label_is_found():
     assert from_question("12*3?").family == "product" and from_question("12*3?", "sums").family == "sums"
 
 
-@pytest.mark.parametrize("question", ["", "?", "How many?", "12+3?", "12*3+4?", "12*3+?", "a=48/2;b=48+a;a?", "a=48/2;b?", "a=48;a?", ";?", "((1+2)*3?", "(1+2))?",
-                                      "(1+2)+3?", "(12)?", "()?", "a=48/7;a?", "a=1-2;a?", "(1-2)?", "a=b+1;a?", "A=1^2;A?", "(a+b)?", "a=1+2;a=1+2;a?",
-                                      "*".join("2" * 53) + "?", "+".join(["2*3"] * 52) + "?", "(" * 60 + "1" + "+2)" * 60 + "?", "<Thread>?", "1*2+3*4\n?"])
+@pytest.mark.parametrize("question", [
+    "", "?", "How many?", "12+3?", "12*3+4?", "12*3+?", "a=48/2;b=48+a;a?", "a=48/2;b?", "a=48;a?", ";?", "((1+2)*3?", "(1+2))?",
+    "(1+2)+3?", "(12)?", "()?", "a=48/7;a?", "a=1-2;a?", "(1-2)?", "a=b+1;a?", "A=1^2;A?", "(a+b)?", "a=1+2;a=1+2;a?",
+    "*".join("2" * 53) + "?", "+".join(["2*3"] * 52) + "?", "(" * 60 + "1" + "+2)" * 60 + "?", "<Thread>?", "1*2+3*4\n?"])
 def test_any_other_question_is_refused_in_one_line(question):
     with pytest.raises(ValueError) as refused: from_question(question)
     assert "\n" not in str(refused.value)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .format import CONTROL_TOKENS, split_tags, token_counts
-from .steps import Problem, flat, ready_steps, stage
+from .steps import Problem, flat, stage
 
 # %% ../nbs/08b_schedule.ipynb #61eb811c
 def char_length(text: str) -> int:

@@ -123,7 +123,7 @@ def bracketed(expression: str) -> Problem:
         if len(known) + len(brackets) > len(ascii_letters): raise ValueError(f"more than {len(ascii_letters)} brackets")
         operations = [(n, op, (_operand(a), _operand(b))) for n, (a, op, b) in zip(ascii_letters[len(known):], brackets)]
         now, names = _round(operations, known, before), iter([o[0] for o in operations])
-        rest = _BRACKET.sub(lambda _: next(names), rest)
+        rest = _BRACKET.sub(lambda _, names=names: next(names), rest)
         if "(" in rest: now.append(_remark(rest, now))
         steps, before = steps + now, (now[-1].name,)
     if rest not in known: raise ValueError(f"{expression!r} is not a nest of brackets with two terms each")
