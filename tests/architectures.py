@@ -6,7 +6,6 @@ import argparse
 import copy
 import inspect
 import json
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -97,8 +96,8 @@ def main():
     for kind, row in rows.items(): print(f"{kind:28} {row['verdict']:10} {row.get('why', '')}")
     counts = {v: sum(row["verdict"] == v for row in rows.values()) for v in ("served", "refused", "not built")}
     print(counts)
-    command = " ".join(["python", Path(__file__).relative_to(Path(__file__).parent.parent).as_posix(), *sys.argv[1:]])
-    if out: out.write_text(json.dumps({**provenance(command, out.name, seed=0), "counts": counts, "architectures": rows}, indent=1) + "\n")
+    about = provenance("python tests/architectures.py --out data/results/architectures.json", "data/results/architectures.json", 0)
+    if out: out.write_text(json.dumps({**about, "counts": counts, "architectures": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

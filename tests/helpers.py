@@ -9,7 +9,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from threadweaver_ref.format import Fork, Text, Thread
+from threadweaver_ref.course import random_text, random_trajectory  # noqa: F401
+from threadweaver_ref.format import Fork
 from threadweaver_ref.tokenizer import add_control_tokens, char_tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -44,28 +45,6 @@ def bpe_tokenizer(merges=400):
 
 
 TOKENIZERS = {"char": functools.cache(char_tokenizer), "bpe": bpe_tokenizer}
-
-
-def random_text(rng, longest=12):
-    "One or more characters and words; no control tokens."
-    pieces = [*"0123456789+-*/=;:,. \n<>&", "the ", "clips", " how many", "a=", "</b>", "\\boxed{7}"]
-    return "".join(rng.choice(pieces) for _ in range(rng.randint(1, longest)))
-
-
-def random_thread(rng, depth, conclusions=False):
-    body = random_trajectory(rng, depth, conclusions) if rng.random() < .9 else []
-    return Thread(body, random_text(rng, 3) if conclusions and rng.random() < .5 else None)
-
-
-def random_trajectory(rng, depth=2, conclusions=False):
-    "Random text and, down to `depth`, random forks of 2 to 4 threads. No two texts in a row, so `parse(render(t)) == t`."
-    nodes = []
-    for _ in range(rng.randint(1, 3)):
-        if depth and rng.random() < .45:
-            n = rng.choice([2, 2, 2, 3, 4])
-            nodes.append(Fork([random_text(rng, 3) for _ in range(n)], [random_thread(rng, depth - 1, conclusions) for _ in range(n)]))
-        elif not (nodes and isinstance(nodes[-1], Text)): nodes.append(Text(random_text(rng)))
-    return nodes
 
 
 def random_forks(rng, depth=2, conclusions=False):

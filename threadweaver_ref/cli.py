@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
@@ -29,17 +28,6 @@ def _lines(nodes, indent=""):
                 yield from (f"{indent}|   {line.strip()}" for line in rest)
                 if thread.conclusion is not None: yield f"{indent}|   => {thread.conclusion}"
             yield f"{indent}join"
-
-
-def _json(rollout) -> dict:
-    "A rollout as plain data."
-    fields = ("question", "text", "answer", "finish_reason", "token_latency", "total_tokens", "decode_steps", "peak_context", "seconds", "forks")
-    return {**{f: getattr(rollout, f) for f in fields}, "errors": [str(e) for e in rollout.errors],
-            "warnings": _warned(rollout),
-            "logprob": float(rollout.logprobs.sum()), "timeline": [asdict(i) for i in rollout.timeline]}
-
-
-def _warned(rollout): return list(getattr(rollout, "warnings", []))
 
 
 def _lines_of(data: bytes, name):
@@ -80,14 +68,15 @@ def solve(
     "Answer questions, and show the reasoning with its threads told apart."
     questions = _questions(question, file)   # before anything slow
     from threadweaver_ref.decode import DecodeConfig, generate
+    from threadweaver_ref.evaluate import rollout_data
     from threadweaver_ref.model import load_policy
     config = DecodeConfig(mode=mode, join=join, temperature=temperature, seed=seed, deadline=deadline)
     model, tokenizer = load_policy(policy)
     with warnings.catch_warnings(record=True) as said: rollouts = generate(model, tokenizer, questions, config)
-    noted = [w for r in rollouts for w in _warned(r)]
-    for line in dict.fromkeys([*noted, *(str(w.message) for w in said)]): typer.echo(f"warning: {line}", err=True)
+    noted = [w for r in rollouts for w in r.warnings] + [str(w.message) for w in said]
+    for line in dict.fromkeys(noted): typer.echo(f"warning: {line}", err=True)
     for r in rollouts:
-        if as_json: typer.echo(json.dumps(_json(r), ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
+        if as_json: typer.echo(json.dumps(rollout_data(r), ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
         else: typer.echo("\n".join([r.question, *_lines(r.trajectory), _summary(r)]) + "\n")
 
 
@@ -100,114 +89,65 @@ def _summary(r):
 
 @app.command()
 def demo(
-    problems: int = typer.Option(64, help="held-out problems, a third of them from GSM8K", min=8),
-    policy: str = typer.Option("tiny-rl-merged"),
+    problems: int = typer.Option(64, help="development problems, a third of them from GSM8K", min=8),
+    policy: str = typer.Option(POLICY),
     out: Path = typer.Option(Path("demo"), help="folder for timeline.png and demo.json"),
 ):
-    "The main job: held-out problems solved sequentially and in parallel, compared, one shown whole."
+    "The main job: development problems solved sequentially and in parallel, one at a time, compared; one shown whole."
     import matplotlib
     matplotlib.use("Agg")
-    from threadweaver_ref.bench import compare, mixed_problems, provenance, table
     from threadweaver_ref.decode import DecodeConfig
     from threadweaver_ref.draw import show_timeline
+    from threadweaver_ref.evaluate import compare, mixed_problems, provenance, public_path, rollout_data, table
     from threadweaver_ref.model import load_policy
     _writable(out / "demo.json")
     model, tokenizer = load_policy(policy)
     rows, rollouts = compare(model, tokenizer, mixed_problems(problems), DecodeConfig(batch=1))
-    shown = max((r for _, _, r in rollouts["sums"]), key=lambda r: (r.forks > 0, -abs(len(r.text) - 700)))
+    shown = max(rollouts["sums"]["parallel"], key=lambda r: (r.forks > 0, -abs(len(r.text) - 700)))
     typer.echo("\none of them, whole:\n\n" + "\n".join([shown.question, *_lines(shown.trajectory), _summary(shown)]))
+    typer.echo(f"\nsequential -> parallel, same policy ({public_path(policy)}), one problem at a time\n\n{table(rows)}\n")
     show_timeline(shown).figure.savefig(out / "timeline.png", dpi=120)
-    _save(out / "demo.json", {**provenance(0), "policy": policy, "families": rows, "shown": _json(shown)})
-    typer.echo(f"\nsequential -> parallel, same policy ({policy}), one problem at a time; speedup and possible: token latency\n\n{table(rows)}\n")
+    command = f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)}"
+    about = {**provenance(command, "demo/demo.json", 0), "policy": public_path(policy)}
+    _save(out / "demo.json", {**about, "families": rows, "shown": rollout_data(shown)})
     typer.echo(f"saved {out}/timeline.png and {out}/demo.json")
 
 
 @app.command()
 def evaluate(
-    policy: str = typer.Option(POLICY),
+    policy: str = typer.Option(POLICY, help="a shipped policy, a folder, or a hub name"),
+    domain: str = typer.Option("schoolbook", help="which problems (`threadweaver-ref domains` lists them)"),
+    problems: int = typer.Option(500, help="development problems of each family", min=1),
+    alone: int = typer.Option(20, help="of these, so many are timed one at a time as well", min=0),
+    batch: int = typer.Option(64, help="problems decoded together", min=1),
     join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
-    problems: int = typer.Option(500, help="held-out problems of each family", min=1),
     out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
 ):
-    "Accuracy and latency on the held-out sets, sequential and parallel."
-    from threadweaver_ref.bench import compare, provenance, table
+    "Accuracy with intervals, token latency, regret and seconds, sequential and parallel."
     from threadweaver_ref.decode import DecodeConfig
+    from threadweaver_ref.evaluate import compare, development_problems, provenance, public_path, table
     from threadweaver_ref.model import load_policy
-    from threadweaver_ref.tasks import BENCH_FAMILIES, bench
+    families, config = development_problems(domain, problems), DecodeConfig(join=join, batch=batch)
     _writable(out)
     model, tokenizer = load_policy(policy)
-    rows, _ = compare(model, tokenizer, {f: bench(f, problems) for f in BENCH_FAMILIES}, DecodeConfig(join=join))
+    rows, _ = compare(model, tokenizer, families, config, alone)
     typer.echo(table(rows))
-    _save(out, {**provenance(0), "policy": policy, "join": join, "families": rows})
-
-
-@app.command("bench")
-def bench_command(
-    policy: str = typer.Option(POLICY),
-    problems: int = typer.Option(8, help="sums of 8 three-digit products to time", min=1),
-    out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
-):
-    "Time decode steps by live branches, wall clock, orchestration, and batched decoding against transformers."
-    from threadweaver_ref.bench import decode_bench
-    from threadweaver_ref.model import load_policy
-    _writable(out)
-    result = decode_bench(*load_policy(policy), problems)
-    typer.echo(json.dumps(result, indent=1))
-    _save(out, result)
+    name, kept = public_path(policy), f"data/results/{out.name if out else 'evaluate.json'}"
+    options = f"--policy {name} --domain {domain} --problems {problems} --alone {alone} --batch {batch} --join {join} --out {kept}"
+    about = provenance(f"threadweaver-ref evaluate {options}", kept, config.seed)
+    _save(out, {**about, "policy": name, "domain": domain, "join": join, "families": rows})
 
 
 @app.command()
-def merges(
-    part: Optional[list[str]] = typer.Option(None, help="joins, flat_and_nested, beyond_the_window or deadlines; default: all"),
-    problems: int = typer.Option(100, help="problems for each line", min=1),
-    out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
+def gpu(
+    out: Path = typer.Option(..., help="folder for one JSON file a part"),
+    part: Optional[list[str]] = typer.Option(None, help="cuda, steps, packing or pgrpo; default: all"),
+    again: bool = typer.Option(False, "--again", help="measure finished parts anew"),
 ):
-    "Compare the three joins, flat and nested forks, a small window, and deadlines."
-    from threadweaver_ref.merges import merge_bench
-    _writable(out)
-    old = json.loads(out.read_text()) if part and out and out.is_file() else {}   # the other parts stay
-    if old and "measured" not in old: raise ValueError(f"{out} holds no earlier result of this command: choose another file")
-    result = merge_bench(*([part] if part else []), n=problems)
-    if old: result = {**old, **result, "measured": {**old["measured"], **result["measured"]}}
-    typer.echo(json.dumps(result, indent=1))
-    _save(out, result)
-
-
-@app.command()
-def policies(
-    runs: Path = typer.Option(Path("runs"), help="where `train` left its runs"),
-    problems: int = typer.Option(100, help="held-out problems of each family", min=1),
-    temperature: float = typer.Option(0.0, help="0 is greedy", min=0.0),
-    speed: bool = typer.Option(False, "--speed", help="instead, time a training step of 16 problems x 8 rollouts"),
-    seconds: bool = typer.Option(False, "--seconds", help="instead, time tiny-rl, tiny-rl-seconds and the baseline, one problem at a time"),
-    processes: int = typer.Option(1, help="with --speed: processes that share every step", min=1),
-    out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
-):
-    "Compare what P-GRPO made: every recipe and seed that was trained, on the held-out sets."
-    from accelerate import PartialState
-
-    from threadweaver_ref.bench import provenance
-    from threadweaver_ref.policy import measure_policies, measure_seconds, step_bench
-    if speed and seconds: raise ValueError("--speed and --seconds are two measurements: choose one")
-    if processes > 1 and not speed: raise ValueError(f"--processes {processes} is for --speed: the others run in one")
-    _writable(out)
-    if speed:
-        if processes > 1 and "RANK" not in os.environ: _in_processes(processes)
-        result = {**provenance(0), **step_bench()}
-        if not PartialState().is_main_process: return
-        typer.echo(json.dumps(result, indent=1))
-        return _save(out, result)
-    if seconds:
-        result = {**provenance(0), **measure_seconds(runs, problems)}
-        for row in result["clock"]:
-            means = ", ".join(f"{k} {row[k]['all']:.4g}" for k in ("seconds", "foretold", "accuracy"))
-            typer.echo(f"{row['recipe']}, seed {row['seed']}, {row['mode']}: {means}")
-        return _save(out, result)
-    found = measure_policies(runs, problems, temperature)
-    for row in found["policies"]:
-        typer.echo(f"{row['recipe']}, seed {row['seed']}, {row['mode']}: " + ", ".join(
-            f"{k} {v:.3g}" for k, v in row["families"]["all"].items() if v is not None))
-    _save(out, {**provenance(0), **found})
+    "Measure all that wants a GPU, in parts of at most nine minutes. A stopped part goes on where it was; on a CPU everything is tiny."
+    from threadweaver_ref.scale import measure_parts, summary
+    _writable(out / "steps.json")
+    measure_parts(out, part or (), again, on_part=lambda name, content: typer.echo(summary(name, content)))
 
 
 def _writable(path):
@@ -273,15 +213,16 @@ def _in_processes(n):
 
 
 @app.command()
-def families():
-    "The families of problems, each with an example, its answer, and what forking could gain."
-    import random
-
-    from threadweaver_ref.tasks import FAMILIES, oracle
-    for name, sampler in FAMILIES.items():
-        p = sampler(random.Random(0))
-        o = oracle(p)
-        typer.echo(f"{name}: {sampler.__doc__}\n   {p.question} -> {p.answer}; token latency {o.sequential} sequential, {o.best} at best")
+def domains():
+    "The domains and their families of problems, each with an example, its answer, and what forking could gain."
+    from threadweaver_ref.evaluate import development_problems
+    from threadweaver_ref.domains import DOMAINS, best_flat
+    for domain in DOMAINS:
+        for name, (problem,) in development_problems(domain, 1).items():
+            typer.echo(f"{domain}, {name}: {problem.question} -> {problem.answer}")
+            if not problem.steps: continue
+            schedule = best_flat(problem)
+            typer.echo(f"   token latency {schedule.sequential} without forks, {schedule.best} in the best flat schedule")
 
 
 def _explained(error) -> bool:

@@ -6,14 +6,11 @@
 __all__ = ['CONTROL_TOKENS', 'MAX_NESTING', 'RULES', 'Text', 'Thread', 'Fork', 'render_outlines', 'render', 'split_tags',
            'token_counts', 'FormatError', 'parse', 'check_format', 'parse_outlines']
 
-# %% ../nbs/01_format.ipynb #e921faa4
+# %% ../nbs/01_format.ipynb #de5c4218
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from fastcore.basics import patch
-
-# %% ../nbs/01_format.ipynb #da3e5f9f
+# %% ../nbs/01_format.ipynb #eb14ca39
 CONTROL_TOKENS = (
     "<Parallel>", "</Parallel>",      # a fork and its join
     "<Outlines>", "</Outlines>",      # the list of what the threads will do; its end is where decoding forks
@@ -22,23 +19,21 @@ CONTROL_TOKENS = (
     "<Conclusion>", "</Conclusion>",  # what a thread hands back (the `result` join)
 )
 
-# %% ../nbs/01_format.ipynb #d94024f6
+# %% ../nbs/01_format.ipynb #6d36e749
 @dataclass
 class Text:
     "A stretch of ordinary text."
     text: str                                                          # may be anything but a control token
-    ids: tuple | None = field(default=None, compare=False, repr=False)  # the token ids it was decoded as, if it was
+    ids: tuple | None = field(default=None, compare=False, repr=False)  # its token ids, if it was decoded
 
-# %% ../nbs/01_format.ipynb #954a8de1
+# %% ../nbs/01_format.ipynb #1b8577fa
 @dataclass
 class Thread:
     "What one thread wrote: its working, and (for the `result` join) the conclusion it hands back."
     body: list                      # of `Text` and `Fork`
     conclusion: str | None = None   # text between `<Conclusion>` and `</Conclusion>`
-    # ids of what it wrote at its end, if decoded: conclusion and `</Thread>`, or end of sequence
-    ids: tuple | None = field(default=None, compare=False, repr=False)
+    ids: tuple | None = field(default=None, compare=False, repr=False)  # of its end, if decoded: conclusion and `</Thread>`, or end of sequence
 
-# %% ../nbs/01_format.ipynb #7f7a663a
 @dataclass
 class Fork:
     "A point where the line of reasoning splits into concurrent threads, and joins again."
@@ -46,78 +41,71 @@ class Fork:
     threads: list     # n `Thread`s, in the same order
     ids: tuple | None = field(default=None, compare=False, repr=False)  # ids of `<Parallel>...</Outlines>`, if decoded
 
-# %% ../nbs/01_format.ipynb #61facb8b
+# %% ../nbs/01_format.ipynb #d7c6518f
 def render_outlines(outlines):
+    "The text of a fork up to the point where its threads begin: `<Parallel>...</Outlines>`."
     lines = "".join(f"<Outline>{i}:{o}</Outline>" for i, o in enumerate(outlines, 1))
     return f"<Parallel><Outlines>{lines}</Outlines>"
 
-def _render_thread(i, thread):
-    end = "" if thread.conclusion is None else f"<Conclusion>{thread.conclusion}</Conclusion>"
-    return f"<Thread>{i}:{_render(thread.body)}{end}</Thread>"
+def _ending(thread):
+    said = "" if thread.conclusion is None else f"<Conclusion>{thread.conclusion}</Conclusion>"
+    return f"{said}</Thread>"
 
-def _render(trajectory):
-    def one(node):
-        if isinstance(node, Text): return node.text
-        threads = "".join(_render_thread(i, t) for i, t in enumerate(node.threads, 1))
-        return f"{render_outlines(node.outlines)}{threads}</Parallel>"
-    return "".join(map(one, trajectory))
-
-# %% ../nbs/01_format.ipynb #b5b152b6
+# %% ../nbs/01_format.ipynb #510028b8
 def render(
     trajectory,  # list of `Text` and `Fork`
 ) -> str:
-    "The text of a trajectory. No white space is added between tags: each would cost a decoding step. Raises `ValueError` far too deep."
-    try: return _render(trajectory)
+    "The text of a trajectory, with no white space between tags (TW figure 2). Raises `ValueError` if it nests too deep for Python's stack."
+    text = ""
+    try:
+        for node in trajectory:
+            if isinstance(node, Text): text += node.text
+            else:
+                threads = [f"<Thread>{i}:{render(t.body)}{_ending(t)}" for i, t in enumerate(node.threads, 1)]
+                text += f"{render_outlines(node.outlines)}{''.join(threads)}</Parallel>"
     except RecursionError: raise ValueError("the trajectory is nested too deep to be written as text") from None
+    return text
 
-# %% ../nbs/01_format.ipynb #5ba352e4
-_TAG = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
+# %% ../nbs/01_format.ipynb #e5ad0877
+_TAG = re.compile(f"({'|'.join(map(re.escape, CONTROL_TOKENS))})")
 
 def split_tags(text):
     "Cut `text` into (offset, piece): control tokens and the text between them."
     at, pieces = 0, []
-    for tag in _TAG.finditer(text):
-        if tag.start() > at: pieces.append((at, text[at:tag.start()]))
-        pieces.append((tag.start(), tag.group()))
-        at = tag.end()
-    return pieces + ([(at, text[at:])] if at < len(text) else [])
+    for piece in _TAG.split(text):
+        if piece: pieces.append((at, piece))
+        at += len(piece)
+    return pieces
 
-# %% ../nbs/01_format.ipynb #9349ddb6
-def _thread_counts(i, thread, length, close):
-    "(latency, total) of a thread with its tags. A closing tag that was forced counts too."
-    latency, total = _node_counts(thread.body, length, close)
-    said = "" if thread.conclusion is None else f"<Conclusion>{thread.conclusion}</Conclusion>"
-    end = length(f"{said}</Thread>") if thread.ids is None else len(thread.ids) + (thread.ids[-1:] != (close,))
-    tags = length(f"<Thread>{i}:") + end
-    return latency + tags, total + tags
+# %% ../nbs/01_format.ipynb #f60266dc
+def _thread_tokens(i, thread, length, close, over):
+    "Tokens of thread `i` with its tags. A closing tag that was forced counts too."
+    end = length(_ending(thread)) if thread.ids is None else len(thread.ids) + (thread.ids[-1:] != (close,))   # |e_i|
+    return length(f"<Thread>{i}:") + _tokens(thread.body, length, close, over) + end
 
-def _node_counts(nodes, length, close):
-    "(latency, total) of texts and forks: a fork takes as long as its longest thread."
-    latency = total = 0
-    for node in nodes:
-        own = node.text if isinstance(node, Text) else render_outlines(node.outlines)
-        own = length(own) if node.ids is None else len(node.ids)
-        threads = [_thread_counts(i, t, length, close) for i, t in enumerate(node.threads, 1)] if isinstance(node, Fork) else []
-        latency += own + (max(x for x, _ in threads) + 1 if threads else 0)   # 1: `</Parallel>`
-        total += own + (sum(y for _, y in threads) + 1 if threads else 0)
-    return latency, total
+def _tokens(trajectory, length, close, over):
+    "Tokens of texts and forks: at each fork the `max` over its threads, or their `sum`."
+    tokens = 0
+    for node in trajectory:
+        text = node.text if isinstance(node, Text) else render_outlines(node.outlines)
+        tokens += length(text) if node.ids is None else len(node.ids)   # |x| or |o|
+        if isinstance(node, Fork) and node.threads:
+            threads = [_thread_tokens(i, t, length, close, over) for i, t in enumerate(node.threads, 1)]
+            tokens += over(threads) + 1   # 1: `</Parallel>`
+    return tokens
 
-# %% ../nbs/01_format.ipynb #829bd732
+# %% ../nbs/01_format.ipynb #71017340
 def token_counts(
     trajectory,  # list of `Text` and `Fork`; what was decoded knows its token ids
     length,      # `length(text)`: how many tokens a text has, control tokens one each
     end=True,    # count the end-of-sequence token
     close=None,  # id of `</Thread>`: a decoded thread that does not end in it was closed by force
 ) -> tuple:
-    """(token latency, total tokens) of a completion: tokens on the critical path, and all tokens (TW section 6).
+    "(token latency, total tokens) of a completion (TW section 6). All tags and the end of sequence count, the prompt does not."
+    return tuple(_tokens(trajectory, length, close, over) + end for over in (max, sum))
 
-    Tags and end of sequence count, the prompt does not."""
-    latency, total = _node_counts(trajectory, length, close)
-    return latency + end, total + end
-
-# %% ../nbs/01_format.ipynb #2f78514a
-MAX_NESTING = 50  # far deeper than any fork of use; keeps the parser's recursion bounded
-
+# %% ../nbs/01_format.ipynb #5063160a
+MAX_NESTING = 50  # far deeper than any fork of use; `render` and all who walk a trajectory recurse
 RULES = {
     "unclosed_block": "every opening tag needs its closing tag",
     "close_without_open": "a closing tag needs its opening tag before it",
@@ -136,7 +124,6 @@ RULES = {
     "max_tokens": "more threads than there are tokens left",
 }
 
-# %% ../nbs/01_format.ipynb #055caa47
 class FormatError(ValueError):
     "A broken rule of the format, and where."
     def __init__(self, rule: str, offset: int, detail: str = ""):
@@ -145,172 +132,116 @@ class FormatError(ValueError):
 
     def __reduce__(self): return type(self), (self.rule, self.offset, self.detail)   # so that it can go to another process
 
-# %% ../nbs/01_format.ipynb #71358bd0
-class _Parser:
-    "Recursive descent. A broken rule is noted and the parser goes on, so that one pass finds them all."
-    def __init__(self, text):
-        self.pieces, self.i, self.end, self.errors = split_tags(text), 0, len(text), []
-        self.open = []  # the closing tags that are still awaited
+# %% ../nbs/01_format.ipynb #2f3c9a81
+_MAY_OPEN = {"": ("<Parallel>",), "<Parallel>": ("<Outlines>", "<Thread>"), "<Outlines>": ("<Outline>",), "<Outline>": (),
+             "<Thread>": ("<Parallel>", "<Conclusion>"), "<Conclusion>": ()}   # "": the whole text
 
-    @property
-    def piece(self): return self.pieces[self.i][1] if self.i < len(self.pieces) else None
-    @property
-    def offset(self): return self.pieces[self.i][0] if self.i < len(self.pieces) else self.end
-    @property
-    def at_text(self): return self.piece is not None and not _TAG.fullmatch(self.piece)
+@dataclass
+class _Block:
+    "A block that is still open."
+    tag: str                                    # its opening tag
+    start: int                                  # the offset of that tag
+    parts: list = field(default_factory=list)   # what it holds; `<Parallel>`: the outlines (None if missing), then threads
+    end: int | None = None                      # of a thread: the offset behind its conclusion
+
+class _Cursor:
+    "How far a text is read, which blocks are open there, and which rules were broken."
+    def __init__(self, text): self.text, self.at, self.stack, self.errors = text, 0, [_Block("", 0)], []
     def fail(self, rule, offset=None, detail=""):
-        self.errors.append(FormatError(rule, self.offset if offset is None else offset, detail))
-    def take(self):
-        self.i += 1
-        return self.pieces[self.i - 1][1]
+        self.errors.append(FormatError(rule, self.at if offset is None else offset, detail))
 
-# %% ../nbs/01_format.ipynb #34e2d8f5
-@patch
-def stray(self:_Parser):
-    "Step over a tag that may not stand here. False if an enclosing construct is waiting for it."
-    if self.piece is None or self.piece in self.open: return False
-    rule = "close_without_open" if self.piece.startswith("</") else "tag_outside_block"
-    self.fail("nested_too_deep" if self.piece == "<Parallel>" and self.full() else rule, detail=self.piece)
-    self.take()
-    return True
+# %% ../nbs/01_format.ipynb #d2ad112b
+def _text_until(cursor, end, tag):
+    "Read the text up to offset `end`, where `tag` stands."
+    block, text = cursor.stack[-1], cursor.text[cursor.at:end]
+    if block.tag not in ("<Parallel>", "<Outlines>"): block.parts += [Text(text)] if text else []
+    elif text.strip(): cursor.fail("text_between_tags")
+    cursor.at = end
+    if block.tag == "<Parallel>" and not block.parts and tag != "<Outlines>":
+        cursor.fail("missing_outlines")
+        block.parts.append(None)
 
-@patch
-def full(self:_Parser): return self.open.count("</Parallel>") >= MAX_NESTING
+# %% ../nbs/01_format.ipynb #85a2d1f5
+def _opening(cursor, tag):
+    "Read an opening tag. The rule that it breaks, if it is stray."
+    if tag == "<Thread>" and cursor.stack[-1].tag == "<Outlines>": _end_block(cursor, closed=False)
+    block, tags = cursor.stack[-1], [b.tag for b in cursor.stack]
+    second = tag == "<Outlines>" and block.parts   # a fork has one list of outlines
+    if tag == "<Parallel>" and tags.count(tag) >= MAX_NESTING: return "nested_too_deep"
+    if tag not in _MAY_OPEN[block.tag] or second: return "tag_outside_block"
+    if tag == "<Conclusion>" and block.end: cursor.fail("conclusion_not_last", block.end)
+    cursor.stack.append(_Block(tag, cursor.at))
 
-@patch
-def close(self:_Parser, tag, start):
-    "Step over the closing `tag` of what began at `start`."
-    self.open.pop()
-    if self.piece == tag: self.take()
-    else: self.fail("unclosed_block", start, f"no {tag}")
+def _number(cursor):
+    "Read the number `i:` of an outline or a thread that has just begun."
+    block, outer = cursor.stack[-1], cursor.stack[-2]
+    rule, expected = ("outline_numbering", len(outer.parts) + 1) if block.tag == "<Outline>" else ("thread_numbering", len(outer.parts))
+    found = re.compile(r"\s*(\d+):").match(cursor.text, cursor.at)
+    if not found or found[1] != str(expected): cursor.fail(rule, detail=f"expected {expected}:")
+    if found: cursor.at = found.end()
 
-# %% ../nbs/01_format.ipynb #184ea7fe
-@patch
-def text_until(self:_Parser, tag, start):
-    "Plain text up to the closing `tag`."
-    self.open.append(tag)
-    text = ""
-    while self.piece is not None and self.piece != tag:
-        if self.at_text: text += self.take()
-        elif not self.stray(): break
-    self.close(tag, start)
-    return text
+# %% ../nbs/01_format.ipynb #c6e8db27
+def _closing(cursor, tag):
+    "Read a closing tag. The rule that it breaks, if it is stray."
+    begins = tag.replace("/", "")
+    if begins not in [b.tag for b in cursor.stack]: return "close_without_open"
+    while cursor.stack[-1].tag != begins: _end_block(cursor, closed=False)
+    _end_block(cursor)
 
-@patch
-def body(self:_Parser):
-    "Text and forks, up to a closing tag that someone is waiting for."
-    nodes = []
-    while self.piece is not None:
-        if self.at_text: nodes.append(Text(self.take()))
-        elif self.piece == "<Parallel>" and not self.full(): nodes.append(self.fork())
-        elif self.piece == "<Conclusion>" and "</Thread>" in self.open: break
-        elif not self.stray(): break
-    return nodes
+def _end_block(cursor, closed=True):
+    "End the innermost block and hand what it stands for to the block around it."
+    block, outer = cursor.stack.pop(), cursor.stack[-1]
+    if not closed: cursor.fail("unclosed_block", block.start, f"no </{block.tag[1:]}")
+    value = _value(cursor, block)
+    if block.tag != "<Conclusion>": outer.parts.append(value)
+    else: outer.parts, outer.end = [Thread(outer.parts, value)], cursor.at + len("</Conclusion>")
 
-# %% ../nbs/01_format.ipynb #fd40c7c8
-_NUMBER = re.compile(r"\s*(\d+):")
-@patch
-def gap(self:_Parser):
-    "Step over what stands between the parts of a block: only white space is right."
-    while self.at_text:
-        if self.piece.strip(): self.fail("text_between_tags")
-        self.take()
+# %% ../nbs/01_format.ipynb #d0bbf59c
+def _value(cursor, block):
+    "What a block stands for: a text, a list of outlines, a `Thread` or a `Fork`."
+    if block.tag == "<Outlines>":
+        if len(block.parts) < 2: cursor.fail("too_few_outlines", block.start)
+        return block.parts
+    if block.tag == "<Parallel>":
+        outlines, *threads = block.parts
+        if outlines is not None and len(threads) != len(outlines): cursor.fail("thread_count")
+        return Fork(outlines or [], threads)
+    if block.tag != "<Thread>": return "".join(text.text for text in block.parts)
+    if not block.end: return Thread(block.parts)
+    thread, *more = block.parts   # what the conclusion ended, what stands behind it
+    if any(isinstance(n, Fork) or n.text.strip() for n in more): cursor.fail("conclusion_not_last", block.end)
+    return thread
 
-@patch
-def number(self:_Parser, rule, expected):
-    "Step over `i:` and leave the text after it as the next piece."
-    text = self.piece if self.at_text else ""
-    found = _NUMBER.match(text)
-    if not found or found[1] != str(expected): self.fail(rule, detail=f"expected {expected}:")
-    if found:
-        at, rest = self.offset + found.end(), text[found.end():]
-        self.pieces[self.i:self.i + 1] = [(at, rest)] if rest else []
-
-# %% ../nbs/01_format.ipynb #4026f913
-@patch
-def outlines(self:_Parser):
-    "The list of outlines; None if it is not there."
-    start, found = self.offset, []
-    if self.piece != "<Outlines>": return self.fail("missing_outlines")
-    self.take()
-    self.open.append("</Outlines>")
-    while self.gap() or self.piece not in (None, "</Outlines>", "<Thread>"):
-        if self.piece == "<Outline>": found.append(self.outline(len(found) + 1))
-        elif not self.stray(): break
-    self.close("</Outlines>", start)
-    if len(found) < 2: self.fail("too_few_outlines", start)
-    return found
-
-@patch
-def outline(self:_Parser, i):
-    start = self.offset
-    self.take()
-    self.number("outline_numbering", i)
-    return self.text_until("</Outline>", start)
-
-# %% ../nbs/01_format.ipynb #218d44cb
-@patch
-def thread(self:_Parser, i):
-    start, conclusion = self.offset, None
-    self.take()
-    self.number("thread_numbering", i)
-    self.open.append("</Thread>")
-    body = self.body()
-    while self.piece == "<Conclusion>": conclusion = self.conclusion()
-    self.close("</Thread>", start)
-    return Thread(body, conclusion)
-
-@patch
-def conclusion(self:_Parser):
-    start = self.offset
-    self.take()
-    text = self.text_until("</Conclusion>", start)
-    after, rest = self.offset, self.body()
-    if self.piece == "<Conclusion>" or rest and _render(rest).strip(): self.fail("conclusion_not_last", after)
-    return text
-
-# %% ../nbs/01_format.ipynb #e56a7a21
-@patch
-def fork(self:_Parser):
-    start, threads = self.offset, []
-    self.take()
-    self.open.append("</Parallel>")
-    self.gap()
-    outlines = self.outlines()
-    while self.gap() or self.piece not in (None, "</Parallel>"):
-        if self.piece == "<Thread>": threads.append(self.thread(len(threads) + 1))
-        elif not self.stray(): break
-    if outlines is not None and len(threads) != len(outlines): self.fail("thread_count")
-    self.close("</Parallel>", start)
-    return Fork(outlines or [], threads)
-
-# %% ../nbs/01_format.ipynb #52eb8020
+# %% ../nbs/01_format.ipynb #34331a76
 def _parse(text):
-    parser = _Parser(text)
-    try: trajectory = parser.body()
-    except RecursionError:   # the caller is deep in functions of its own: a new thread has a stack to itself
-        with ThreadPoolExecutor(1) as pool: return pool.submit(_parse, text).result()
-    return trajectory, sorted(parser.errors, key=lambda e: e.offset)
+    "(trajectory, errors in order of place) of any text, in time linear in its length."
+    cursor = _Cursor(text)
+    for tag in _TAG.finditer(text):
+        _text_until(cursor, tag.start(), tag[0])
+        stray = (_closing if tag[0].startswith("</") else _opening)(cursor, tag[0])
+        if stray: cursor.fail(stray, detail=tag[0])
+        cursor.at = tag.end()
+        if not stray and tag[0] in ("<Outline>", "<Thread>"): _number(cursor)
+    _text_until(cursor, len(text), None)
+    while len(cursor.stack) > 1: _end_block(cursor, closed=False)
+    return cursor.stack[0].parts, sorted(cursor.errors, key=lambda e: e.offset)
 
-def parse(
-    text: str,  # a whole completion; white space between tags is ignored
-) -> list:
-    "The trajectory (`list[Text | Fork]`) of a well-formed text. Raises `FormatError` for the first broken rule."
+# %% ../nbs/01_format.ipynb #c53a5101
+def parse(text: str) -> list:
+    "The trajectory (`list[Text | Fork]`) of a whole completion (TW figure 2). Raises `FormatError` for the first broken rule."
     trajectory, errors = _parse(text)
     if errors: raise errors[0]
     return trajectory
 
-def check_format(
-    text: str,  # anything
-) -> list:
-    "Every broken rule as a `FormatError`, in order of place; empty if the text is well-formed. Never raises."
+def check_format(text: str) -> list:
+    "Every broken rule of any text as a `FormatError`, in order of place; empty if it is well-formed. Never raises."
     return _parse(text)[1]
 
-# %% ../nbs/01_format.ipynb #4deb4634
+# %% ../nbs/01_format.ipynb #f37e2833
 def parse_outlines(
     text: str,  # from `<Parallel>` to `</Outlines>`
 ) -> list:
-    "The outlines of a block that has just been asked for. Raises `FormatError` as `parse` does."
+    "The outlines of a block whose threads do not exist yet (TW section 3.2). Raises `FormatError` as `parse` does."
     trajectory, errors = _parse(text + "</Parallel>")
     errors = [e for e in errors if e.rule != "thread_count"]
     if errors: raise errors[0]

@@ -6,10 +6,9 @@
 __all__ = ['CARRIED', 'LEFT', 'RIGHT', 'COLUMNS', 'ASIDE', 'char_tokenizer', 'add_control_tokens', 'untrained_rows',
            'encode_text', 'encode_prompt', 'stop_ids', 'control_ids']
 
-# %% ../nbs/02_tokenizer.ipynb #8c9707b2
+# %% ../nbs/02_tokenizer.ipynb #4a3a87fb
 import re
 from itertools import pairwise
-from unicodedata import digit  # noqa: F401
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .format import CONTROL_TOKENS
 
-# %% ../nbs/02_tokenizer.ipynb #fe9e9da1
+# %% ../nbs/02_tokenizer.ipynb #0b4614d7
 CARRIED = "⓪①②③④⑤⑥⑦⑧⑨"  # a digit that carries (or borrows) one
 LEFT, RIGHT, COLUMNS = "₀₁₂₃₄₅₆₇₈₉", "⁰¹²³⁴⁵⁶⁷⁸⁹", "ⅠⅡⅢⅣⅤⅥⅦⅧⅨⅩⅪⅫ"  # places of digits: left and right operand, result
 _ALPHABET = [chr(c) for c in range(32, 127)] + ["\n", *CARRIED, *LEFT, *RIGHT, *COLUMNS]
@@ -33,7 +32,7 @@ def char_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
                                    clean_up_tokenization_spaces=False)
 
-# %% ../nbs/02_tokenizer.ipynb #423e5a3d
+# %% ../nbs/02_tokenizer.ipynb #4728c900
 ASIDE = 1e-3  # how far a new row starts from the mean, in units of the rows' spread
 
 def _moments(rows):
@@ -49,20 +48,23 @@ def _mean_rows(weight, old, ids):
     signs = 2 * torch.randint(2, (len(ids), len(mean)), generator=torch.Generator().manual_seed(0)) - 1
     weight[ids] = (mean + ASIDE * spread * signs).to(weight)
 
+# %% ../nbs/02_tokenizer.ipynb #abfda4a3
 def _new_rows(model, old, ids):
-    "Give the embedding (and the head) a row for every id; those of `ids`, and any that had to be made, start at the mean of the first `old`."
+    "Give embedding and output layer a row for every id; new rows start at the mean of the first `old`."
     have = model.get_input_embeddings().weight.shape[0]
     old, need = min(old, have), max(ids) + 1
     if need > have: model.resize_token_embeddings(need, mean_resizing=False)
-    heads = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for weight in {id(h.weight): h.weight for h in heads if h is not None}.values(): _mean_rows(weight, old, sorted({*ids, *range(have, need)}))
+    new = sorted({*ids, *range(have, need)})   # asked for, or made on the way
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {id(layer.weight): layer.weight for layer in layers if layer is not None}   # one, if tied
+    for weight in weights.values(): _mean_rows(weight, old, new)
 
-# %% ../nbs/02_tokenizer.ipynb #8480cc54
+# %% ../nbs/02_tokenizer.ipynb #f5c81d19
 def add_control_tokens(
     tokenizer,   # any Hugging Face tokenizer; changed in place
-    model=None,  # its model: the embedding grows too, new rows at the mean of the old, tied heads stay tied
+    model=None,  # its model: the embedding grows too, new rows at the mean of the old, tied weights stay tied
 ) -> int:
-    "Make every control token one token. Returns how many were new."
+    "Make every control token one token. Returns how many were new; a second call changes nothing."
     old, known = len(tokenizer), tokenizer.get_vocab()
     added = tokenizer.add_special_tokens({"additional_special_tokens": list(CONTROL_TOKENS)},
                                          replace_extra_special_tokens=False)
@@ -72,27 +74,27 @@ def add_control_tokens(
     if new: _new_rows(model, old, new)
     return added
 
-# %% ../nbs/02_tokenizer.ipynb #408d6f18
+# %% ../nbs/02_tokenizer.ipynb #c6005592
 @torch.no_grad()
 def untrained_rows(
     weight,  # (V, H) of an embedding
 ) -> list:
-    "Ids of the rows that `add_control_tokens` made and nothing has trained since: each as good as the mean of all rows before it."
+    "Ids of the rows that `add_control_tokens` made and nothing has trained since: each near the mean of all rows before it."
     near, (_, spread), total, at = [], _moments(weight), 0.0, 0
     for piece in (p.cpu().double() for p in weight.split(4096)):
         sums = piece.cumsum(0) + total
-        before = (sums - piece) / torch.arange(at, at + len(piece)).clamp(min=1)[:, None]
+        before = (sums - piece) / torch.arange(at, at + len(piece)).clamp(min=1)[:, None]   # mean of the rows before each row
         off = (piece - before).square().mean(1).sqrt()
         near += (at + (off < 10 * ASIDE * spread).nonzero()[:, 0]).tolist()
         total, at = sums[-1], at + len(piece)
     return [i for i in near if i]   # before the first row there is no mean
 
-# %% ../nbs/02_tokenizer.ipynb #751a2756
+# %% ../nbs/02_tokenizer.ipynb #f7d6f795
 def encode_text(tokenizer, text: str) -> list:
     "Ids of a text that we wrote ourselves: its control tokens are control tokens."
     return tokenizer.encode(text, add_special_tokens=False)
 
-# %% ../nbs/02_tokenizer.ipynb #999ac7d8
+# %% ../nbs/02_tokenizer.ipynb #71c89851
 def _tags(tokenizer):
     "What a user may not write: (a regular expression that finds overlapping ones too, their ids)."
     added = [t.content for t in tokenizer.added_tokens_decoder.values()]
@@ -112,7 +114,7 @@ def _encode_plain(tokenizer, text):
     cuts = [0, *(tag.start() + 1 for tag in tags.finditer(text)), len(text)]
     return [i for a, b in pairwise(cuts) for i in _halved(tokenizer, text[a:b], ids)]
 
-# %% ../nbs/02_tokenizer.ipynb #7e38f9ef
+# %% ../nbs/02_tokenizer.ipynb #28139a83
 _WORD = "PLACEHOLDER"
 
 def _render_chat(tokenizer, *contents, **options):
@@ -130,19 +132,19 @@ def _turn(tokenizer, text):
     fits = len(whole) >= len(before + after) and whole.startswith(before) and whole.endswith(after)
     return before, whole[len(before):len(whole) - len(after)] if fits else text, after
 
-# %% ../nbs/02_tokenizer.ipynb #7d800680
+# %% ../nbs/02_tokenizer.ipynb #5c85a16c
 def _encode_turn(tokenizer, text):
     "Ids of a user's turn, with what the chat template puts around it."
     (before, said, after), (tags, ids) = _turn(tokenizer, text), _tags(tokenizer)
-    counting = lambda text: [i for i in encode_text(tokenizer, text) if i in ids]
+    special = lambda text: [i for i in encode_text(tokenizer, text) if i in ids]
     whole = before + said + after
-    if not tags.search(said) and counting(whole) == counting(before + _WORD + after): return encode_text(tokenizer, whole)
-    head = max((tag.end() + len(tag[1]) for tag in tags.finditer(before)), default=0)
-    tail = min((tag.start() for tag in tags.finditer(after)), default=len(after))
+    if not tags.search(said) and special(whole) == special(before + _WORD + after): return encode_text(tokenizer, whole)
+    head = max((tag.end() + len(tag[1]) for tag in tags.finditer(before)), default=0)        # the last tag before the text ends here
+    tail = min((tag.start() for tag in tags.finditer(after)), default=len(after))            # the first tag behind it starts here
     middle = _encode_plain(tokenizer, before[head:] + said + after[:tail])
     return [*encode_text(tokenizer, before[:head]), *middle, *encode_text(tokenizer, after[tail:])]
 
-# %% ../nbs/02_tokenizer.ipynb #c56f8ed1
+# %% ../nbs/02_tokenizer.ipynb #52ca3fb2
 def _in_front(tokenizer):
     "Ids that the tokenizer puts in front of every text: BOS, if its model was trained with one."
     with_front, text = tokenizer.encode("1"), encode_text(tokenizer, "1")
@@ -153,7 +155,7 @@ def encode_prompt(
     text,       # what a user typed; or a list of ids, which is the prompt already
     chat=None,  # put it into the tokenizer's chat template as the user's turn? None: if there is one
 ) -> list:
-    "Ids of a question. Control tokens and special tokens in it stay plain text. Raises `ValueError` for what is no text, and without a template."
+    "Ids of a question; control and special tokens in it stay plain text. Raises `ValueError` for what is no text, and without a template."
     if isinstance(text, (list, tuple)) and all(type(i) is int for i in text): return list(text)
     if not isinstance(text, str): raise ValueError(f"a question is a text or a list of ids, not {text!r:.40}")
     if any("\ud800" <= c <= "\udfff" for c in text): raise ValueError(f"half a surrogate pair is no text: {text[:40]!r}")
@@ -162,7 +164,7 @@ def encode_prompt(
     if has_template and chat is not False: return _encode_turn(tokenizer, text)
     return _in_front(tokenizer) + _encode_plain(tokenizer, text)
 
-# %% ../nbs/02_tokenizer.ipynb #d140bfe1
+# %% ../nbs/02_tokenizer.ipynb #4ceca722
 def _turn_end(tokenizer):
     "The id of the special token with which the chat template ends an assistant's turn, in a list; empty if there is none."
     if not getattr(tokenizer, "chat_template", None): return []
@@ -182,7 +184,7 @@ def stop_ids(
         found += ids if isinstance(ids, (list, tuple)) else [ids]
     return tuple(dict.fromkeys(i for i in [*found, *_turn_end(tokenizer)] if i is not None))
 
-# %% ../nbs/02_tokenizer.ipynb #6eb01111
+# %% ../nbs/02_tokenizer.ipynb #bb123551
 def control_ids(tokenizer) -> dict:
     "Control token -> id. Raises `ValueError` if the tokenizer lacks one."
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in CONTROL_TOKENS}
