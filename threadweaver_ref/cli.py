@@ -107,9 +107,8 @@ def demo(
     typer.echo("\none of them, whole:\n\n" + "\n".join([shown.question, *_lines(shown.trajectory), _summary(shown)]))
     typer.echo(f"\nsequential -> parallel, same policy ({public_path(policy)}), one problem at a time\n\n{table(rows)}\n")
     show_timeline(shown).figure.savefig(out / "timeline.png", dpi=120)
-    command = f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)}"
-    about = {**provenance(command, "demo/demo.json", 0), "policy": public_path(policy)}
-    _save(out / "demo.json", {**about, "families": rows, "shown": rollout_data(shown)})
+    about = provenance(f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)}", "demo/demo.json", 0)
+    _save(out / "demo.json", {**about, "policy": public_path(policy), "families": rows, "shown": rollout_data(shown)})
     typer.echo(f"saved {out}/timeline.png and {out}/demo.json")
 
 
@@ -129,10 +128,9 @@ def evaluate(
     from threadweaver_ref.model import load_policy
     families, config = development_problems(domain, problems), DecodeConfig(join=join, batch=batch)
     _writable(out)
-    model, tokenizer = load_policy(policy)
-    rows, _ = compare(model, tokenizer, families, config, alone)
+    rows, _ = compare(*load_policy(policy), families, config, alone)
     typer.echo(table(rows))
-    name, kept = public_path(policy), f"data/results/{out.name if out else 'evaluate.json'}"
+    name, kept = public_path(policy), f"data/results/{(out or Path('evaluate.json')).name}"
     options = f"--policy {name} --domain {domain} --problems {problems} --alone {alone} --batch {batch} --join {join} --out {kept}"
     about = provenance(f"threadweaver-ref evaluate {options}", kept, config.seed)
     _save(out, {**about, "policy": name, "domain": domain, "join": join, "families": rows})
@@ -220,9 +218,8 @@ def domains():
     for domain in DOMAINS:
         for name, (problem,) in development_problems(domain, 1).items():
             typer.echo(f"{domain}, {name}: {problem.question} -> {problem.answer}")
-            if not problem.steps: continue
-            schedule = best_flat(problem)
-            typer.echo(f"   token latency {schedule.sequential} without forks, {schedule.best} in the best flat schedule")
+            said = "   token latency {0.sequential} without forks, {0.best} in the best flat schedule"
+            if problem.steps: typer.echo(said.format(best_flat(problem)))
 
 
 def _explained(error) -> bool:
