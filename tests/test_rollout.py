@@ -51,6 +51,8 @@ def played(trajectory, question, tokenizer, join):
         while starting := row.starting():
             reading = row.reading(starting)
             holds.update(zip(reading.slots, reading.ids, strict=True))
+            # of what was written, the last token alone is not there yet
+            assert not [s for s in reading.spans if row.machine.tree.sampled[s] and reading.spans.count(s) > 1]
             for b, end in zip(starting, reading.ends, strict=True):
                 seen = {holds[j] for j in row.seen(b).nonzero()[:, 0].tolist()}
                 assert row.seen(b).sum() == len(b.context_ids) and seen == set(b.context_ids) and reading.ids[end] == b.context_ids[-1]
