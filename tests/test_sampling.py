@@ -34,6 +34,10 @@ def test_filter_logits():
             assert all(torch.isclose(out[i], row[i] / t) for i in kept)
 
 
+def test_a_nucleus_that_has_just_enough_takes_no_more():
+    assert filter_logits(torch.zeros(1, 4), top_p=.5).isfinite().sum() == 2 and filter_logits(torch.zeros(1, 4), top_p=.51).isfinite().sum() == 3
+
+
 def test_uniforms_are_uniform():
     keys, steps = torch.arange(1, 513) * 1_000_003, torch.arange(200)
     u = uniforms(keys.repeat_interleave(200), steps.repeat(512)).view(512, 200)
