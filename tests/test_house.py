@@ -105,3 +105,13 @@ def test_a_notebook_reads_like_the_others(notebook):
     assert not [float(x) for x in re.findall(r"fontsize=([0-9.]+)", text) if float(x) < 7]
     assert re.search(r"^## Recap", text, re.M) and re.search(r"^## Open questions", text, re.M) or not "01" <= notebook.stem < "38"
     assert notebook.stat().st_size < 500_000
+
+
+def test_links_between_notebooks_lead_somewhere_and_onward():
+    notebooks = {p.stem: p.read_text(encoding="utf-8") for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
+    for name, text in notebooks.items():
+        found = re.findall(r"\]\((\w+)\.ipynb", text) + re.findall(r"`(\d\d[a-z]?_\w+)`", text)
+        assert {*found} <= {*notebooks, "index"}, (name, {*found} - {*notebooks})
+    course = [name for name in notebooks if name < "30"]
+    for name, after in zip(course, course[1:]):
+        assert re.search(rf"Next[^`\[\n]*[`\[]+{after}\b", notebooks[name]), f"{name} should name {after} as the next notebook"
