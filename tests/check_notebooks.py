@@ -22,15 +22,15 @@ def drift(copy) -> list:
 
 def debris(path) -> list:
     "What a notebook should not carry."
-    text = path.read_text(encoding="utf-8")
+    text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT / "nbs").as_posix()
     notebook = json.loads(text)
-    found = [f"{path.name}: {len(text) // 1000} kB, more than 500"] if len(text) > 500_000 else []
+    found = [f"{name}: {len(text) // 1000} kB, more than 500"] if len(text) > 500_000 else []
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
-            if output["output_type"] == "error": found.append(f"{path.name}: an error among the outputs")
-            if output.get("name") == "stderr": found.append(f"{path.name}: stderr among the outputs: {''.join(output['text'])[:60]!r}")
-        if cell["cell_type"] == "code" and cell.get("execution_count"): found.append(f"{path.name}: execution counts (run nbdev_clean)"); break
-    if not any(cell.get("outputs") for cell in notebook["cells"]): found.append(f"{path.name}: no outputs")
+            if output["output_type"] == "error": found.append(f"{name}: an error among the outputs")
+            if output.get("name") == "stderr": found.append(f"{name}: stderr among the outputs: {''.join(output['text'])[:60]!r}")
+        if cell["cell_type"] == "code" and cell.get("execution_count"): found.append(f"{name}: execution counts (run nbdev_clean)"); break
+    if not any(cell.get("outputs") for cell in notebook["cells"]): found.append(f"{name}: no outputs")
     return found
 
 

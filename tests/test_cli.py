@@ -171,9 +171,9 @@ def test_demo_writes_picture_and_numbers(run, tmp_path):
 def test_evaluate_writes_what_its_command_says(run, tmp_path):
     code, out, _ = run("evaluate", "--problems", "1", "--alone", "0", "--batch", "8", "--out", str(tmp_path / "a.json"))
     result = json.loads((tmp_path / "a.json").read_text())
-    assert code == 0 and len(out.splitlines()) == 7 and result["result"] == "data/results/a.json"
+    assert code == 0 and len(out.splitlines()) == 7 and result["result"] == "a.json"
     assert result["command"] == ("threadweaver-ref evaluate --policy schoolbook-sft --domain schoolbook --problems 1 --alone 0 --batch 8 "
-                                 "--join concat --out data/results/a.json")
+                                 "--join concat --out a.json")
     assert result["families"]["all"]["problems"] == 5 and list(result["families"]["all"]["seconds"]) == ["8"]
 
 

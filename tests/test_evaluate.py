@@ -10,7 +10,7 @@ from helpers import tiny
 from threadweaver_ref import evaluate
 from threadweaver_ref.decode import DecodeConfig
 from threadweaver_ref.domains import Problem, Sequential, best_flat
-from threadweaver_ref.evaluate import (MODES, compare, development_problems, family_row, markdown, mixed_problems, provenance, public_path,
+from threadweaver_ref.evaluate import (BOTH_MODES, compare, development_problems, family_row, markdown, mixed_problems, provenance, public_path,
                                        schedule_latencies, table, text_length, wilson)
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.format import render
@@ -63,9 +63,9 @@ def test_wrong_answers_do_not_count_as_fast():
 
 def test_nothing_correct_and_problems_without_steps():
     problems = [Problem("1?", "1", "schoolbook")] * 2
-    row = family_row(problems, {m: [solved(p, 7, correct=False) for p in problems] for m in MODES}, length)
+    row = family_row(problems, {m: [solved(p, 7, correct=False) for p in problems] for m in BOTH_MODES}, length)
     assert row["parallel"]["token_latency"] is row["parallel"]["regret"] is row["speedup_tokens"] is None and row["schedules"] == {}
-    assert "-> -" in table({"a": {**row, "seconds": {"1": dict.fromkeys(MODES, 1.0)}}})
+    assert "-> -" in table({"a": {**row, "seconds": {"1": dict.fromkeys(BOTH_MODES, 1.0)}}})
 
 
 def test_compare_measures_both_forms_and_weighs_families():
@@ -87,13 +87,14 @@ def test_the_modes_take_turns(monkeypatch):
     monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, questions, config: asked.append((config.mode, questions)) or questions)
     problems = [Problem(str(i), "1", "schoolbook") for i in range(5)]
     rollouts, _ = evaluate.solve(None, None, problems, DecodeConfig(batch=2))
-    assert [m for m, _ in asked] == [*MODES] * 3 and [q for _, q in asked[::2]] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [m for m, _ in asked] == [*BOTH_MODES] * 3 and [q for _, q in asked[::2]] == [["0", "1"], ["2", "3"], ["4"]]
     assert rollouts["parallel"] == ["0", "1", "2", "3", "4"]
 
 
 def test_tables_have_a_line_a_family():
     problems = heldout_problems("nested", 2)
-    row = {**family_row(problems, {m: [solved(p, 99) for p in problems] for m in MODES}, length), "seconds": {"1": dict.fromkeys(MODES, .5)}}
+    row = family_row(problems, {m: [solved(p, 99) for p in problems] for m in BOTH_MODES}, length)
+    row["seconds"] = {"1": dict.fromkeys(BOTH_MODES, .5)}
     rows = {"nested": row, "all": {**row, "seconds": {**row["seconds"], "64": {"sequential": .1, "parallel": .2}}}}
     assert len(table(rows).splitlines()) == 3 and "0.100 -> 0.200 (0.50x)" in table(rows) and "100.0% (34.2% to 100.0%)" in table(rows)
     lines = markdown(rows).splitlines()

@@ -5,10 +5,10 @@ from helpers import TOKENIZERS, random_forks, random_text, rngs
 
 from threadweaver_ref.forkjoin import ForkJoin, Limits
 from threadweaver_ref.format import Fork, token_counts
-from threadweaver_ref.joins import JOINS
+from threadweaver_ref.joins import JOINS, reprefilled
 from threadweaver_ref.replay import play, replay
-from threadweaver_ref.rollout import DecodeConfig, Row, reprefilled
-from threadweaver_ref.tokenizer import encode_prompt, encode_text
+from threadweaver_ref.rollout import DecodeConfig, Row
+from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
 
 # ---- settings
 
@@ -96,5 +96,5 @@ def test_what_a_join_prefills_again(rng):
     char = TOKENIZERS["char"]()
     trajectory, prompt = random_forks(rng, depth=3), encode_prompt(char, "1?")
     rollout = {join: played(trajectory, "1?", char, join) for join in ("concat", "kv")}
-    assert reprefilled(rollout["kv"], char) == 0 and replay(trajectory, prompt, char) == rollout["concat"].tree
-    assert reprefilled(rollout["concat"], char) == reads_again(trajectory, lambda t: len(encode_text(char, t)))
+    assert reprefilled(rollout["kv"].tree, control_ids(char)) == 0 and replay(trajectory, prompt, char) == rollout["concat"].tree
+    assert reprefilled(rollout["concat"].tree, control_ids(char)) == reads_again(trajectory, lambda t: len(encode_text(char, t)))

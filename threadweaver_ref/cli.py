@@ -107,7 +107,7 @@ def demo(
     typer.echo("\none of them, whole:\n\n" + "\n".join([shown.question, *_lines(shown.trajectory), _summary(shown)]))
     typer.echo(f"\nsequential -> parallel, same policy ({public_path(policy)}), one problem at a time\n\n{table(rows)}\n")
     show_timeline(shown).figure.savefig(out / "timeline.png", dpi=120)
-    about = provenance(f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)}", "demo/demo.json", 0)
+    about = provenance(f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)}", f"{public_path(out)}/demo.json", 0)
     _save(out / "demo.json", {**about, "policy": public_path(policy), "families": rows, "shown": rollout_data(shown)})
     typer.echo(f"saved {out}/timeline.png and {out}/demo.json")
 
@@ -130,8 +130,9 @@ def evaluate(
     _writable(out)
     rows, _ = compare(*load_policy(policy), families, config, alone)
     typer.echo(table(rows))
-    name, kept = public_path(policy), f"data/results/{(out or Path('evaluate.json')).name}"
-    options = f"--policy {name} --domain {domain} --problems {problems} --alone {alone} --batch {batch} --join {join} --out {kept}"
+    name, kept = public_path(policy), public_path(out) if out else ""
+    options = f"--policy {name} --domain {domain} --problems {problems} --alone {alone} --batch {batch} --join {join}"
+    options += f" --out {kept}" if kept else ""
     about = provenance(f"threadweaver-ref evaluate {options}", kept, config.seed)
     _save(out, {**about, "policy": name, "domain": domain, "join": join, "families": rows})
 

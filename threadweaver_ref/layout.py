@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import torch
 
-from .format import CONTROL_TOKENS, Fork, Text, render_outlines, split_tags
+from .format import CONTROL_TOKENS, Fork, Text, render_ending, render_outlines, split_tags
 from .tree import PackedTree
 
 # %% ../nbs/38_layout.ipynb #066f598b
@@ -81,8 +81,7 @@ def _place_threads(threads, x, row, branch):
         name = str(i) if branch == "main" else f"{branch}.{i}"
         head = _place_text(f"<Thread>{i}:", x, row, name)
         inner, end, used = _place(thread.body, x + len(head), row, name)
-        conclusion = "" if thread.conclusion is None else f"<Conclusion>{thread.conclusion}</Conclusion>"
-        tail = _place_text(f"{conclusion}</Thread>", end, row, name)
+        tail = _place_text(render_ending(thread), end, row, name)
         cells += [*head, *inner, *tail]
         last, row = max(last, end + len(tail)), row + used
     return cells, last, row - first

@@ -19,8 +19,8 @@ from .checkpoint import describe
 from .decode import DecodeConfig, generate
 from .domains import grade
 from .forkjoin import MODES, ForkJoin, Limits
-from .format import Fork
 from .reward import group_advantages, pgrpo_loss, reward
+from .rollout import all_forks
 from .train import TrainConfig, micro_batches, step_problems, train_loop, update
 
 # %% ../nbs/17_pgrpo.ipynb #47397c7f
@@ -87,12 +87,6 @@ def learn(
     return update(setup, groups, config.clip, _advantage_loss({id(p): a for p, a in packed}), count, banned)
 
 # %% ../nbs/17_pgrpo.ipynb #f944547f
-def _forks(nodes):
-    "All forks of a trajectory, inner ones too."
-    for fork in (n for n in nodes if isinstance(n, Fork)):
-        yield fork
-        for t in fork.threads: yield from _forks(t.body)
-
 def summary(
     rollouts: list,
     problems: list,  # one for each rollout
@@ -100,7 +94,7 @@ def summary(
     advantages,      # (P, G)
 ) -> dict:
     "Means over the rollouts of a step. `width`: threads of a fork, None without any; `used`: share of the rollouts with an advantage."
-    widths = [len(f.outlines) for r in rollouts for f in _forks(r.trajectory)]
+    widths = [len(f.outlines) for r in rollouts for f in all_forks(r.trajectory)]
     rows = [(grade(r.text, p), r.forks > 0, r.token_latency, r.total_tokens, r.well_formed) for r, p in zip(rollouts, problems, strict=True)]
     names = "accuracy", "fork_rate", "token_latency", "total_tokens", "well_formed"
     return {**{name: fmean(column) for name, column in zip(names, zip(*rows))}, "width": fmean(widths) if widths else None,

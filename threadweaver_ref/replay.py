@@ -9,7 +9,7 @@ __all__ = ['NO_LIMITS', 'NO_FORKS', 'play', 'replay', 'units', 'packing_counts',
 from dataclasses import replace
 
 from .forkjoin import MODES, ForkJoin, Limits
-from .format import Fork, FormatError, render_outlines
+from .format import Fork, FormatError, render_ending, render_outlines
 from .tokenizer import control_ids, encode_text
 from .tree import SpanTree
 
@@ -24,8 +24,7 @@ def _block_ids(fork, tokenizer):
 def _thread_end(thread, tokenizer):
     "Ids of a thread's conclusion, if it has one, and `</Thread>`; for a decoded thread what it wrote at its end."
     if thread.ids is not None: return list(thread.ids)
-    conclusion = "" if thread.conclusion is None else f"<Conclusion>{thread.conclusion}</Conclusion>"
-    return encode_text(tokenizer, f"{conclusion}</Thread>")
+    return encode_text(tokenizer, render_ending(thread))
 
 # %% ../nbs/06_replay.ipynb #238f9503
 def _completions(nodes, tokenizer, end):

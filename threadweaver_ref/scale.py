@@ -24,7 +24,7 @@ from fastcore.basics import patch
 import threadweaver_ref
 from .bandwidth import spread, timed
 from .engines import free, open_model, steps
-from .evaluate import provenance
+from .evaluate import provenance, public_path
 from .forkjoin import Limits
 from .format import Fork, Text, Thread
 from .model import add_lora, best_device
@@ -225,8 +225,8 @@ def measure_parts(
     plan, found = plan or (Plan() if torch.device(device).type == "cuda" else TINY), {}
     Path(out).mkdir(parents=True, exist_ok=True)
     for name in parts or PARTS:
-        command = f"threadweaver-ref gpu --part {name} --out data/results/gpu"
-        about = {**provenance(command, f"data/results/gpu/{name}.json", 0), "plan": json.loads(json.dumps(asdict(plan)))}
+        command = f"threadweaver-ref gpu --part {name} --out {public_path(out)}"
+        about = {**provenance(command, f"{public_path(out)}/{name}.json", 0), "plan": json.loads(json.dumps(asdict(plan)))}
         record = Record(Path(out) / f"{name}.json", about, again, seconds)
         if not record.finished:
             PARTS[name](record, plan, device)
