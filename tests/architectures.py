@@ -88,7 +88,7 @@ def verdict(kind) -> dict:
 
 
 def main():
-    from threadweaver_ref.evaluate import provenance
+    from threadweaver_ref.evaluate import provenance, public_path
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
@@ -96,7 +96,7 @@ def main():
     for kind, row in rows.items(): print(f"{kind:28} {row['verdict']:10} {row.get('why', '')}")
     counts = {v: sum(row["verdict"] == v for row in rows.values()) for v in ("served", "refused", "not built")}
     print(counts)
-    about = provenance("python tests/architectures.py --out data/results/architectures.json", "data/results/architectures.json", 0)
+    about = provenance(f"python tests/architectures.py --out {public_path(out)}", public_path(out), 0) if out else {}
     if out: out.write_text(json.dumps({**about, "counts": counts, "architectures": rows}, indent=1) + "\n")
 
 
