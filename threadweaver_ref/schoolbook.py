@@ -144,7 +144,6 @@ def gsm8k(rng, split="train", redraw=True) -> Problem:
 # %% ../nbs/09_schoolbook.ipynb #c91741c5
 FAMILIES = {f.__name__: f for f in (gsm8k, sums, chain, product, nested)}   # name -> sampler
 
-@domain
 def schoolbook(
     rng,          # `random.Random`
     family=None,  # one of `FAMILIES`; any of them if None
@@ -242,3 +241,12 @@ def decisions(rng, step) -> Problem:
     n, digits = rng.choice([(2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2), (6, 1), (rng.randint(8, 16), 1)])
     options = {"gsm8k": dict(redraw=rng.random() < .5), "sums": dict(n=n, digits=digits), "chain": dict(n=2), "product": dict(n=3, digits=1)}
     return training_problem(rng, [family], **options.get(family, {}))
+
+# %% ../nbs/09_schoolbook.ipynb #144bd1f2
+def _split(question): return "dev" if question in held_out() else "train"
+
+def _kept(split, family, n):
+    if split != "dev": raise ValueError(f"schoolbook keeps no {split} problems: choose dev")
+    return heldout_problems(family, n)
+
+domain(schoolbook, families=FAMILIES, samplers={"mixture": mixture, "decisions": decisions}, split=_split, kept=_kept)

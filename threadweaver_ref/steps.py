@@ -155,12 +155,15 @@ def ready_steps(
 # %% ../nbs/08_steps.ipynb #ab16b1ec
 @dataclass(frozen=True)
 class RandomForks:
-    "At each moment: with probability `p` a fork of a random part of what is ready, otherwise the next step."
+    "At each moment: with probability `p` a fork of what is ready, otherwise the next step."
     p: float = 0.5
+    whole: float = 0.0       # share of the forks that take all that is ready; the others a random part
     conclude: bool = False   # threads end in a conclusion
 
     def __post_init__(self):
-        if not 0 <= self.p <= 1: raise ValueError(f"p must be a probability from 0 to 1, not {self.p!r}")
+        for name in ("p", "whole"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1: raise ValueError(f"{name} must be a probability from 0 to 1, not {value!r}")
 
     def arrange(self, problem, rng=None) -> list:
         "A trajectory of `problem`; `rng` is a `random.Random` (seed 0 if None)."
@@ -173,6 +176,7 @@ class RandomForks:
     def _draw(self, ready, rng):
         able = [s for s in ready if s.outline]
         if len(able) < 2 or rng.random() >= self.p: return ready[:1]
+        if self.whole and rng.random() < self.whole: return able
         drawn = rng.sample(able, rng.randint(2, len(able)))
         return [s for s in able if s in drawn]
 
