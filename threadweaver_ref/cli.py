@@ -12,7 +12,7 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Adaptive parallel reasoning: fork, decode in one batch, join, answer.")
-POLICY = "schoolbook-sft"
+POLICY, DOMAIN = "schoolbook-sft", "programs"
 
 
 def _lines(nodes, indent=""):
@@ -89,52 +89,79 @@ def _summary(r):
 
 @app.command()
 def demo(
-    problems: int = typer.Option(64, help="development problems, a third of them from GSM8K", min=8),
+    problems: int = typer.Option(60, help="development problems, a share from every family", min=5),
     policy: str = typer.Option(POLICY),
+    domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
     out: Path = typer.Option(Path("demo"), help="folder for timeline.png and demo.json"),
 ):
     "The main job: development problems solved sequentially and in parallel, one at a time, compared; one shown whole."
     import matplotlib
     matplotlib.use("Agg")
-    from threadweaver_ref.decode import DecodeConfig
+    from threadweaver_ref.decode import DecodeConfig, generate
+    from threadweaver_ref.domains import families_of, split_problems
     from threadweaver_ref.draw import show_timeline
-    from threadweaver_ref.evaluate import compare, mixed_problems, provenance, public_path, rollout_data, table
+    from threadweaver_ref.evaluate import evaluate, in_turn, public_path, rollout_data
     from threadweaver_ref.model import load_policy
+    from threadweaver_ref.report import plain_table, reports_table, spread, times_faster
     _writable(out / "demo.json")
     model, tokenizer = load_policy(policy)
-    rows, rollouts = compare(model, tokenizer, mixed_problems(problems), DecodeConfig(batch=1))
-    shown = max(rollouts["sums"]["parallel"], key=lambda r: (r.forks > 0, -abs(len(r.text) - 700)))
+    found = split_problems(domain, "dev", -(-problems // len(families_of(domain))))
+    chosen = [p for ps in zip(*found.values()) for p in ps][:problems]
+    configs = {mode: DecodeConfig(mode, batch=1) for mode in ("sequential", "parallel")}
+    reports = {mode: evaluate(model, tokenizer, chosen, config) for mode, config in configs.items()}
+    widest = max(reports["parallel"].rows, key=lambda r: (r["correct"], r["width"], -r["token_latency"]))
+    shown, = generate(model, tokenizer, [widest["question"]], configs["parallel"])
     typer.echo("\none of them, whole:\n\n" + "\n".join([shown.question, *_lines(shown.trajectory), _summary(shown)]))
-    typer.echo(f"\nsequential -> parallel, same policy ({public_path(policy)}), one problem at a time\n\n{table(rows)}\n")
+    typer.echo(f"\n{public_path(policy)}, parallel mode, by family:\n\n{plain_table(reports['parallel'].table())}")
+    typer.echo(f"\nboth modes, one problem at a time:\n\n{plain_table(reports_table(reports, 'sequential'))}")
+    seconds = in_turn({mode: (model, tokenizer, config) for mode, config in configs.items()}, chosen[:20], progress=False)
+    typer.echo(f"\nseconds, in turn, {len(seconds)} problems: parallel is {spread(times_faster(seconds, 'parallel', 'sequential'))} times as fast\n")
     show_timeline(shown).figure.savefig(out / "timeline.png", dpi=120)
-    about = provenance(f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)}", f"{public_path(out)}/demo.json", 0)
-    _save(out / "demo.json", {**about, "policy": public_path(policy), "families": rows, "shown": rollout_data(shown)})
+    about = _about(f"demo --problems {problems} --policy {public_path(policy)} --domain {domain}", f"{public_path(out)}/demo.json")
+    rows = {mode: r.rows for mode, r in reports.items()}
+    _save(out / "demo.json", {**about, "policy": public_path(policy), "reports": rows, "seconds": seconds, "shown": rollout_data(shown)})
     typer.echo(f"saved {out}/timeline.png and {out}/demo.json")
+
+
+def _about(command, result):
+    from threadweaver_ref.evaluate import provenance
+    return provenance(f"threadweaver-ref {command}", result, 0)
 
 
 @app.command()
 def evaluate(
     policy: str = typer.Option(POLICY, help="a shipped policy, a folder, or a hub name"),
-    domain: str = typer.Option("schoolbook", help="which problems (`threadweaver-ref domains` lists them)"),
-    problems: int = typer.Option(500, help="development problems of each family", min=1),
-    alone: int = typer.Option(20, help="of these, so many are timed one at a time as well", min=0),
+    domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
+    split: str = typer.Option("dev", help="dev, or test (measured for a release only)"),
+    problems: int = typer.Option(100, help="of each family", min=1),
+    mode: Optional[list[str]] = typer.Option(None, help="parallel, sequential or autoregressive; default: sequential and parallel, compared"),
+    alone: int = typer.Option(0, help="of each family, so many are timed one at a time as well, the modes in turn", min=0),
     batch: int = typer.Option(64, help="problems decoded together", min=1),
     join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
-    out: Optional[Path] = typer.Option(None, help="JSON file for the result"),
+    out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a mode; a stopped run goes on there"),
 ):
-    "Accuracy with intervals, token latency, regret and seconds, sequential and parallel."
+    "Accuracy with intervals, token latency, regret and seconds; every problem's own row is kept."
     from threadweaver_ref.decode import DecodeConfig
-    from threadweaver_ref.evaluate import compare, development_problems, provenance, public_path, table
+    from threadweaver_ref.domains import split_problems
+    from threadweaver_ref.evaluate import evaluate as measure
+    from threadweaver_ref.evaluate import in_turn, public_path, write_rows
     from threadweaver_ref.model import load_policy
-    families, config = development_problems(domain, problems), DecodeConfig(join=join, batch=batch)
-    _writable(out)
-    rows, _ = compare(*load_policy(policy), families, config, alone)
-    typer.echo(table(rows))
-    name, kept = public_path(policy), public_path(out) if out else ""
-    options = f"--policy {name} --domain {domain} --problems {problems} --alone {alone} --batch {batch} --join {join}"
-    options += f" --out {kept}" if kept else ""
-    about = provenance(f"threadweaver-ref evaluate {options}", kept, config.seed)
-    _save(out, {**about, "policy": name, "domain": domain, "join": join, "families": rows})
+    from threadweaver_ref.report import plain_table, reports_table, spread, times_faster
+    families, name = split_problems(domain, split, problems), public_path(policy).split("/")[-1]
+    configs = {m: DecodeConfig(m, join, batch=batch) for m in mode or ("sequential", "parallel")}
+    model, tokenizer = load_policy(policy)
+    chosen, reports = [p for ps in families.values() for p in ps], {}
+    options = f"--policy {public_path(policy)} --domain {domain} --split {split} --problems {problems} --batch {batch} --join {join}"
+    for m, config in configs.items():
+        kept = out / f"{name}-{m}.jsonl" if out else None
+        about = _about(f"evaluate {options} --mode {m}" + (f" --out {public_path(out)}" if out else ""), public_path(kept) if kept else "")
+        reports[m] = measure(model, tokenizer, chosen, config, kept, {**about, "policy": public_path(policy)})
+        typer.echo(f"\n{name}, {m}:\n\n{plain_table(reports[m].table())}")
+    if len(reports) > 1: typer.echo(f"\n{plain_table(reports_table(reports, next(iter(reports))))}")
+    if not alone: return
+    seconds = in_turn({m: (model, tokenizer, c) for m, c in configs.items()}, [p for ps in families.values() for p in ps[:alone]])
+    if out: write_rows(out / f"{name}-seconds.jsonl", [_about(f"evaluate {options} --alone {alone} --out {public_path(out)}", ""), *seconds])
+    for m in configs: typer.echo(f"one at a time, {m}: {spread(times_faster(seconds, m, next(iter(configs))))} times as fast as {next(iter(configs))}")
 
 
 @app.command()
@@ -214,10 +241,9 @@ def _in_processes(n):
 @app.command()
 def domains():
     "The domains and their families of problems, each with an example, its answer, and what forking could gain."
-    from threadweaver_ref.evaluate import development_problems
-    from threadweaver_ref.domains import DOMAINS, best_flat
-    for domain in DOMAINS:
-        for name, (problem,) in development_problems(domain, 1).items():
+    from threadweaver_ref.domains import best_flat, domain_names, split_problems
+    for domain in domain_names():
+        for name, (problem,) in split_problems(domain, "dev", 1).items():
             typer.echo(f"{domain}, {name}: {problem.question} -> {problem.answer}")
             said = "   token latency {0.sequential} without forks, {0.best} in the best flat schedule"
             if problem.steps: typer.echo(said.format(best_flat(problem)))

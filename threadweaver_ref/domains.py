@@ -135,14 +135,15 @@ def split_problems(
 def training_problem(
     rng,            # `random.Random`
     step=0,         # of training; not used
-    name="programs",# of a domain
+    name="programs",  # of a domain
     families=None,  # to choose from; None: all
     **options,      # go to the sampler
 ) -> Problem:
-    "A random problem of the training split: a sampler f(rng, step) for `train_sft` and `train_pgrpo`."
-    while True:
+    "A random problem of the training split: a sampler f(rng, step). Raises `ValueError` for an unknown domain, and where none is found."
+    for _ in range(1000):
         p = _draw(name, rng.choice(families or families_of(name)), rng, **options)
         if _split(name, p.question) == "train": return p
+    raise ValueError(f"{name}: 1000 questions in a row were of the dev and test splits")
 
 # %% ../nbs/08c_domains.ipynb #eade4c69
 def read_rows(path) -> list:

@@ -7,17 +7,19 @@ __all__ = ['ARRANGEMENTS', 'CONFIGS', 'Recipe', 'recipes', 'load_recipe', 'train
 
 # %% ../nbs/19_recipes.ipynb #f137984f
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 
 from .domains import BestFlat, Grouped, RandomForks, Sequential, WheneverReady, allowed, data_dir, find_domain, training_problem
 from .forkjoin import Limits
 from .model import SIZES, add_lora, load_policy, shipped_policies, tiny_model
-from .pgrpo import PGRPOConfig, train_pgrpo
+from .pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies, train_pgrpo
 from .reward import reward
 from .sft import SFTConfig, train_sft
 from .tokenizer import char_tokenizer
@@ -31,6 +33,7 @@ class Recipe:
     start: str = "tiny"          # a size in `SIZES`, a shipped policy, a recipe that is run first, or a hub name
     problems: Callable = training_problem   # a sampler f(rng, step)
     reward: Callable = reward    # f(rollout, problem), for P-GRPO
+    speedup: dict | None = None  # options of `Speedup`, which then is the reward
     lora: int | None = None      # rank of the adapter; None: all weights are trained
     knows: dict | None = None    # `pattern` and `says`: which questions new weights will be trained on
 
@@ -75,14 +78,19 @@ def _reward(options):
     if unknown := [k for k in options if k not in ("rho", "clip")]: raise ValueError(f"unknown reward option {unknown[0]!r}: choose rho or clip")
     return functools.partial(reward, **options)
 
+def _paid(value):
+    "(reward, options of `Speedup` or None) of `reward: {rho: .5}`, for eq. 7, or `reward: {speedup: {rho: .5}}`."
+    if not isinstance(value, dict): raise ValueError(f"reward={value!r}: give options of eq. 7 such as {{rho: 0.5}}, or {{speedup: {{rho: 0.5}}}}")
+    if "speedup" not in value: return _reward(value), None
+    return reward, _reward(value["speedup"] or {}).keywords
+
 def _recipe(name, data):
     "The recipe in the data of a file."
     if not isinstance(data, dict): raise ValueError("expected lines such as `kind: sft`")
     own = {k: data[k] for k in _OWN if k in data}
     config = _config(own.get("kind", "sft"), {k: v for k, v in data.items() if k not in _OWN})
     problems = _sampler(own.get("domain", "programs"), own.get("sampler"))
-    paid = _reward(own["reward"]) if "reward" in own else reward
-    return Recipe(name, config, own.get("start", "tiny"), problems, paid, own.get("lora"), own.get("knows"))
+    return Recipe(name, config, own.get("start", "tiny"), problems, *_paid(own.get("reward", {})), own.get("lora"), own.get("knows"))
 
 # %% ../nbs/19_recipes.ipynb #c11efd1d
 def recipes() -> dict:
@@ -114,6 +122,16 @@ def _adapted(model, recipe):
     model.peft_config["default"].base_model_name_or_path = recipe.start
     return model
 
+def _references(model, tokenizer, recipe, config):
+    "L_ref of every problem of the run, of the start; kept beside the run's folder."
+    kept = Path(f"{config.folder}-references.json") if config.folder else None
+    if kept and kept.is_file(): return json.loads(kept.read_text())
+    found = reference_latencies(model, tokenizer, drawn_problems(recipe.problems, config), config)
+    if kept and PartialState().is_main_process:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
+    return found
+
 def train_recipe(
     name,          # of a shipped recipe, or the path of a `.yaml` file
     runs="runs",   # checkpoints and logs go to a folder of this name in here
@@ -125,6 +143,7 @@ def train_recipe(
     config = replace(recipe.config, **{"folder": str(Path(runs) / recipe.name), **changes})
     torch.manual_seed(config.seed)
     model, tokenizer = _start(recipe, runs, changes)
+    paid = recipe.reward if recipe.speedup is None else Speedup(_references(model, tokenizer, recipe, config), **recipe.speedup)
     if recipe.lora: model = _adapted(model, recipe)
     if isinstance(config, SFTConfig): return model, tokenizer, train_sft(model, tokenizer, recipe.problems, config, on_step)
-    return model, tokenizer, train_pgrpo(model, tokenizer, recipe.problems, config, recipe.reward, on_step)
+    return model, tokenizer, train_pgrpo(model, tokenizer, recipe.problems, config, paid, on_step)
