@@ -100,68 +100,54 @@ def demo(
     from threadweaver_ref.decode import DecodeConfig, generate
     from threadweaver_ref.domains import families_of, split_problems
     from threadweaver_ref.draw import show_timeline
-    from threadweaver_ref.evaluate import evaluate, in_turn, public_path, rollout_data
+    from threadweaver_ref.evaluate import evaluate, provenance, public_path, rollout_data
     from threadweaver_ref.model import load_policy
-    from threadweaver_ref.report import plain_table, reports_table, spread, times_faster
+    from threadweaver_ref.report import plain_table, reports_table
     _writable(out / "demo.json")
     model, tokenizer = load_policy(policy)
     found = split_problems(domain, "dev", -(-problems // len(families_of(domain))))
     chosen = [p for ps in zip(*found.values()) for p in ps][:problems]
-    configs = {mode: DecodeConfig(mode, batch=1) for mode in ("sequential", "parallel")}
-    reports = {mode: evaluate(model, tokenizer, chosen, config) for mode, config in configs.items()}
+    reports = {mode: evaluate(model, tokenizer, chosen, DecodeConfig(mode, batch=1)) for mode in ("sequential", "parallel")}
     widest = max(reports["parallel"].rows, key=lambda r: (r["correct"], r["width"], -r["token_latency"]))
-    shown, = generate(model, tokenizer, [widest["question"]], configs["parallel"])
+    shown, = generate(model, tokenizer, [widest["question"]], DecodeConfig(batch=1))
     typer.echo("\none of them, whole:\n\n" + "\n".join([shown.question, *_lines(shown.trajectory), _summary(shown)]))
     typer.echo(f"\n{public_path(policy)}, parallel mode, by family:\n\n{plain_table(reports['parallel'].table())}")
-    typer.echo(f"\nboth modes, one problem at a time:\n\n{plain_table(reports_table(reports, 'sequential'))}")
-    seconds = in_turn({mode: (model, tokenizer, config) for mode, config in configs.items()}, chosen[:20], progress=False)
-    typer.echo(f"\nseconds, in turn, {len(seconds)} problems: parallel is {spread(times_faster(seconds, 'parallel', 'sequential'))} times as fast\n")
+    typer.echo(f"\nboth modes, one problem at a time:\n\n{plain_table(reports_table(reports, 'sequential'))}\n")
     show_timeline(shown).figure.savefig(out / "timeline.png", dpi=120)
-    about = _about(f"demo --problems {problems} --policy {public_path(policy)} --domain {domain}", f"{public_path(out)}/demo.json")
-    rows = {mode: r.rows for mode, r in reports.items()}
-    _save(out / "demo.json", {**about, "policy": public_path(policy), "reports": rows, "seconds": seconds, "shown": rollout_data(shown)})
+    about = provenance(f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)} --domain {domain}", seed=0)
+    _save(out / "demo.json", {**about, "reports": {mode: r.rows for mode, r in reports.items()}, "shown": rollout_data(shown)})
     typer.echo(f"saved {out}/timeline.png and {out}/demo.json")
-
-
-def _about(command, result):
-    from threadweaver_ref.evaluate import provenance
-    return provenance(f"threadweaver-ref {command}", result, 0)
 
 
 @app.command()
 def evaluate(
-    policy: str = typer.Option(POLICY, help="a shipped policy, a folder, or a hub name"),
+    policy: list[str] = typer.Option([POLICY], help="a shipped policy, a folder, or a hub name; several are measured on the same problems"),
     domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
     split: str = typer.Option("dev", help="dev, or test (measured for a release only)"),
     problems: int = typer.Option(100, help="of each family", min=1),
-    mode: Optional[list[str]] = typer.Option(None, help="parallel, sequential or autoregressive; default: sequential and parallel, compared"),
-    alone: int = typer.Option(0, help="of each family, so many are timed one at a time as well, the modes in turn", min=0),
+    mode: list[str] = typer.Option(["sequential", "parallel"], help="parallel, sequential or autoregressive; each policy in every one of them"),
+    timed: int = typer.Option(0, help="of each family, so many are timed as well, all in turn, one at a time and in batches", min=0),
     batch: int = typer.Option(64, help="problems decoded together", min=1),
     join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
-    out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a mode; a stopped run goes on there"),
+    out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a policy and mode; a stopped run goes on there"),
 ):
     "Accuracy with intervals, token latency, regret and seconds; every problem's own row is kept."
     from threadweaver_ref.decode import DecodeConfig
     from threadweaver_ref.domains import split_problems
-    from threadweaver_ref.evaluate import evaluate as measure
-    from threadweaver_ref.evaluate import in_turn, public_path, write_rows
+    from threadweaver_ref.evaluate import evaluate_all, provenance, public_path, time_all
     from threadweaver_ref.model import load_policy
-    from threadweaver_ref.report import plain_table, reports_table, spread, times_faster
-    families, name = split_problems(domain, split, problems), public_path(policy).split("/")[-1]
-    configs = {m: DecodeConfig(m, join, batch=batch) for m in mode or ("sequential", "parallel")}
-    model, tokenizer = load_policy(policy)
-    chosen, reports = [p for ps in families.values() for p in ps], {}
-    options = f"--policy {public_path(policy)} --domain {domain} --split {split} --problems {problems} --batch {batch} --join {join}"
-    for m, config in configs.items():
-        kept = out / f"{name}-{m}.jsonl" if out else None
-        about = _about(f"evaluate {options} --mode {m}" + (f" --out {public_path(out)}" if out else ""), public_path(kept) if kept else "")
-        reports[m] = measure(model, tokenizer, chosen, config, kept, {**about, "policy": public_path(policy)})
-        typer.echo(f"\n{name}, {m}:\n\n{plain_table(reports[m].table())}")
-    if len(reports) > 1: typer.echo(f"\n{plain_table(reports_table(reports, next(iter(reports))))}")
-    if not alone: return
-    seconds = in_turn({m: (model, tokenizer, c) for m, c in configs.items()}, [p for ps in families.values() for p in ps[:alone]])
-    if out: write_rows(out / f"{name}-seconds.jsonl", [_about(f"evaluate {options} --alone {alone} --out {public_path(out)}", ""), *seconds])
-    for m in configs: typer.echo(f"one at a time, {m}: {spread(times_faster(seconds, m, next(iter(configs))))} times as fast as {next(iter(configs))}")
+    from threadweaver_ref.report import plain_table, reports_table
+    families, names = split_problems(domain, split, problems), {p: public_path(p).split("/")[-1] for p in policy}
+    configs = {m: DecodeConfig(m, join, batch=batch) for m in mode}
+    if out: _writable(out / "settings.json")
+    runs = {f"{names[p]}-{m}": (*loaded, c) for p in policy for loaded in [load_policy(p)] for m, c in configs.items()}
+    given = [*(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode), f"--batch {batch} --join {join} --timed {timed}"]
+    command = f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}"
+    about = provenance(command + (f" --out {public_path(out)}" if out else ""), seed=0)
+    reports = evaluate_all(runs, [p for ps in families.values() for p in ps], out, about)
+    for name, report in reports.items(): typer.echo(f"\n{name}:\n\n{plain_table(report.table())}")
+    if len(reports) > 1: typer.echo(f"\n{plain_table(reports_table(reports, next(iter(reports))))}\n")
+    if timed: typer.echo("\n".join(time_all(runs, [p for ps in families.values() for p in ps[:timed]], sorted({1, batch}), out, about)))
 
 
 @app.command()
@@ -178,16 +164,13 @@ def gpu(
 
 def _writable(path):
     "Make the folder of a result, and see that the result can be written there: before it is measured. Raises `OSError` if not."
-    if path is None: return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     path.open("a").close()
     if new: path.unlink(missing_ok=True)   # several processes may try at once
 
 
-def _save(path, result):
-    if path is None: return
-    path.write_text(json.dumps(result, indent=1) + "\n")
+def _save(path, result): path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 @app.command()

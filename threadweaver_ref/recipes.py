@@ -143,6 +143,7 @@ def train_recipe(
     config = replace(recipe.config, **{"folder": str(Path(runs) / recipe.name), **changes})
     torch.manual_seed(config.seed)
     model, tokenizer = _start(recipe, runs, changes)
+    if getattr(config, "window", None): model.config.max_position_embeddings = config.window   # decoding stops there
     paid = recipe.reward if recipe.speedup is None else Speedup(_references(model, tokenizer, recipe, config), **recipe.speedup)
     if recipe.lora: model = _adapted(model, recipe)
     if isinstance(config, SFTConfig): return model, tokenizer, train_sft(model, tokenizer, recipe.problems, config, on_step)

@@ -23,11 +23,13 @@ class SFTConfig(TrainConfig):
     arrangement: object = WheneverReady()   # has `arrange(problem, rng) -> trajectory`
     sequential: float = 0.3                 # share of the problems shown without forks
     autoregressive: float = 0.1             # share shown as one flat line, control tokens and all
+    window: int | None = None               # positions of the model; trees that need more are left out
 
     def __post_init__(self):
         super().__post_init__()
         if min(self.sequential, self.autoregressive) < 0 or self.sequential + self.autoregressive > 1:
             raise ValueError("sequential and autoregressive must lie between 0 and 1, and so must their sum")
+        if self.window is not None and self.window < 1: raise ValueError(f"window={self.window}: must be at least 1")
         if isinstance(self.arrangement, type) or not hasattr(self.arrangement, "arrange"):
             raise ValueError(f"arrangement={self.arrangement!r}: must be an arrangement such as WheneverReady()")
         if get_join(self.join).concludes and not hasattr(self.arrangement, "conclude"):
@@ -58,7 +60,8 @@ def step_batches(problems, step, tokenizer, config) -> list:
     "The micro-batches of packed trees of one step: a function of the seed and the step alone."
     rng = random.Random(f"{config.seed} step {step}")
     trees = [example_tree(p, tokenizer, config, rng).scored() for p in step_problems(problems, step, config, rng)]
-    return micro_batches([t.pack() for t in trees if len(t)], config.micro_tokens)
+    packed = [t.pack() for t in trees if len(t)]
+    return micro_batches([p for p in packed if not config.window or int(p.position_ids.max()) < config.window], config.micro_tokens)
 
 # %% ../nbs/15_sft.ipynb #947501e9
 def train_sft(
