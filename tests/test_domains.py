@@ -1,7 +1,10 @@
 "Steps, arrangements, the best flat schedule against brute force, domains, files."
+import hashlib
 import json
 import random
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations, permutations
 
@@ -22,12 +25,19 @@ from threadweaver_ref.domains import (
     char_length,
     data_dir,
     domain,
+    domain_names,
+    draw_split,
     extract_answer,
+    families_of,
+    find_domain,
     get_domain,
     grade,
     levels,
     read_jsonl,
     read_rows,
+    split_of,
+    split_problems,
+    training_problem,
     write_jsonl,
     write_rows,
 )
@@ -41,7 +51,7 @@ A = Step("a", (), "a=7+3x4", "a=7+3x4: 4)7+3=0 3)0+3=3 2)3+3=6 1)6+3=9 ", "a9;")
 B = Step("b", (), "b=2+5x3", "b=2+5x3: 3)2+5=7 2)7+5=2 1)2+5=7 ", "b7;")
 C = Step("c", ("a", "b"), "c=a+b", "c=9+7=", "6;")
 RUNNING = Problem(QUESTION, 6, "example", (A, B, C), closing=r"\boxed{6}")
-ARRANGEMENTS = [Sequential(), WheneverReady(), BestFlat(), RandomForks(.5), Grouped()]
+ARRANGEMENTS = [Sequential(), WheneverReady(), BestFlat(), RandomForks(.5), Grouped(), RandomForks(.8, whole=.5)]
 
 
 def problems(n, seed=0, most=7): return [random_problem(random.Random(f"{seed} {i}"), 1 + i % most) for i in range(n)]
@@ -71,10 +81,18 @@ def one(**parts): return Problem(**{"question": "?", "answer": 1, "domain": "d",
     (lambda: one(answer=1.5), "answer must be a string, not 1.5"),
     (lambda: one(question=None), "question must be a string, not None"),
     (lambda: RandomForks(1.5), "p must be a probability from 0 to 1, not 1.5"),
+    (lambda: RandomForks(whole=-.1), "whole must be a probability from 0 to 1, not -0.1"),
     (lambda: Sequential().arrange(one()), "the problem '?' has no steps to arrange"),
     (lambda: best_flat(one()), "the problem '?' has no steps to arrange"),
-    (lambda: get_domain("algebra"), "unknown domain 'algebra': choose one of "),
-], ids=range(15))
+    (lambda: get_domain("algebra"), "unknown domain 'algebra': choose one of programs, schoolbook"),
+    (lambda: families_of("algebra"), "unknown domain 'algebra': choose one of "),
+    (lambda: split_problems("algebra", "dev", 1), "unknown domain 'algebra': choose one of "),
+    (lambda: training_problem(random.Random(0), name="algebra"), "unknown domain 'algebra': choose one of "),
+    (lambda: draw_split("programs", "dev", 1, "tall"), "unknown family 'tall': choose one of wide, quick, chain, mixed, nested"),
+    (lambda: draw_split("programs", "heldout", 1), "unknown split 'heldout': choose train, dev or test"),
+    (lambda: draw_split("schoolbook", "heldout", 1), "unknown split 'heldout': choose train, dev or test"),
+    (lambda: draw_split("schoolbook", "test", 1), "schoolbook keeps no test problems: choose dev"),
+], ids=range(23))
 def test_bad_input_gets_one_clear_line(make, message):
     with pytest.raises(ValueError, match=re.escape(message)) as refused: make()
     assert "\n" not in str(refused.value)
@@ -176,6 +194,18 @@ def test_random_forks_vary_and_follow_their_generator():
     assert {(), (5,)} <= sizes and any(len(s) == 2 for s in sizes)
     assert all([*forks(RandomForks(1).arrange(wide, random.Random(seed)))] for seed in range(20))
     assert RandomForks(.5).arrange(wide) == RandomForks(.5).arrange(wide, random.Random(0))
+
+
+def test_a_share_of_the_forks_take_all_that_is_ready():
+    "Of five that are ready: a part is 2 to 5 of them, all widths alike; with `whole` it is all five so much more often."
+    wide = one(steps=[replace(A, name=n, outline=n) for n in "abcde"])
+    def first(whole): return [len(next(forks(RandomForks(1, whole).arrange(wide, random.Random(seed)))).outlines) for seed in range(600)]
+    for whole in (0, .4, .9): assert first(whole).count(5) / 600 == pytest.approx(whole + (1 - whole) / 4, abs=.06)   # widths 2 to 5
+    assert set(first(1)) == {5} and set(first(0)) == {2, 3, 4, 5}
+    plain = Step("p", (), "", "p:", ";")
+    for seed in range(20): assert next(forks(RandomForks(1, 1).arrange(one(steps=(plain, A, B)), random.Random(seed)))).outlines == ["a=7+3x4", "b=2+5x3"]
+    old = RandomForks(.5).arrange(wide, random.Random(3))
+    assert old == RandomForks(.5, whole=0).arrange(wide, random.Random(3))   # no draw is spent on it
 
 
 def test_grouped_forks_within_forks():
@@ -337,7 +367,90 @@ def test_a_user_registers_a_domain(monkeypatch):
     assert get_domain("doubles") is doubles and get_domain("doubles")(None, n=4).answer == "8"
     assert grade(r"\boxed{YES}", shouted(None)) and not grade(r"\boxed{YES}", replace(shouted(None), domain="elsewhere"))
     assert not grade("YES", shouted(None)) and grade(r"\boxed{yes}", replace(shouted(None), domain="elsewhere"))
-    with pytest.raises(ValueError, match="unknown domain 'x': choose one of doubles, shouted"): get_domain("x")
+    with pytest.raises(ValueError, match="unknown domain 'x': choose one of programs, schoolbook, doubles, shouted"): get_domain("x")
+    assert domain_names() == ["programs", "schoolbook", "doubles", "shouted"] and families_of("doubles") == ["doubles"]
+
+
+# ---- shipped domains, families, splits
+
+def test_shipped_domains_are_imported_when_they_are_asked_for():
+    "In a fresh Python: naming them imports nothing, finding one imports its module, and no other."
+    code = """
+import sys
+from threadweaver_ref.domains import *
+from threadweaver_ref.domains import DOMAINS, SHIPPED
+def there(): return [n for n in SHIPPED if f"threadweaver_ref.{n}" in sys.modules]
+assert domain_names() == ["programs", "schoolbook"] and not there() and not DOMAINS
+assert grade(chr(92) + "boxed{1}", Problem("?", 1, "nobody's")) and not there()
+assert families_of("programs")[0] == "wide" and there() == ["programs"]
+assert find_domain("schoolbook").samplers.keys() == {"mixture", "decisions"} and there() == list(SHIPPED) == list(DOMAINS)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stderr
+
+
+@pytest.fixture
+def own(monkeypatch):
+    "DOMAINS, emptied of nothing, and left as they were behind the test."
+    monkeypatch.setattr(domains, "DOMAINS", {**domains.DOMAINS})
+
+
+def test_what_is_registered_of_a_domain(own):
+    def easy(rng, step): return Problem("1?", 1, "dice")
+    @domain(families={"a": None}, samplers={"easy": easy}, split=lambda question: "dev")
+    def dice(rng, family=None): return Problem(f"{family} {rng.randint(1, 9)}?", 1, "dice")
+    found = find_domain("dice")
+    assert (found.sampler, found.families, found.samplers, found.kept) == (dice, {"a": None}, {"easy": easy}, None)
+    assert found.split("x") == "dev" and get_domain("dice") is dice and families_of("dice") == ["a"] and domain_names()[-1] == "dice"
+    assert found.grader("1", Problem("?", 1, "dice"))
+    with pytest.raises(ValueError, match="dice: 1000 questions in a row were of the dev and test splits"):
+        training_problem(random.Random(0), name="dice")
+    assert {p.question[:2] for p in draw_split("dice", "dev", 9)} == {"a "}
+    with pytest.raises(ValueError, match="dice, a: only 9 different questions of the dev split were found, not 10"): draw_split("dice", "dev", 10)
+    with pytest.raises(ValueError, match="only 0 different questions of the test split"): draw_split("dice", "test", 1)
+
+
+@pytest.mark.parametrize("question, split", [
+    ("a=7+3x4;b=2+5x3;c=a+b;c?", "train"), ("a=9-4x9;b=2+3x11;c=7-2x15;d=5-8x12;e=4+5x12;f=5-6x9;g=2+1x10;abcdefg?", "train"),
+    ("a=2-9;b=a-1;c=b+9;d=c+8x7;d?", "dev"), ("a=9+1;b=a+1x7;c=b+b;d=9*3;e=5+1;f=d-9;g=1-7;h=e+6x5;i=6+a;j=4+6;k=e+7;l=2+6;m=7*b;cfghijklm?", "dev"),
+    ("a=1+3x4;b=7-5x5;c=3-2x3;abc?", "test"), ("a=2+8x4;b=3*9;c=a+b;d=3*0;e=c-d;f=7+8;g=e+f;h=2+1;i=g-h;j=i+6x7;k=7*4;l=j+k;l?", "test")])
+def test_the_split_of_a_question_never_changes(question, split): assert split_of(question) == split
+
+
+def test_splits_by_the_digest():
+    "14, 1 and 1 of 16."
+    found = [split_of(f"{i}?") for i in range(4000)]
+    assert [found.count(s) / 4000 for s in ("train", "dev", "test")] == pytest.approx([14 / 16, 1 / 16, 1 / 16], abs=.012)
+    digits = {s: {hashlib.sha256(f"{i}?".encode()).hexdigest()[1] for i in range(4000) if found[i] == s} for s in ("test", "dev", "train")}
+    assert digits == {"test": {"0"}, "dev": {"1"}, "train": set("23456789abcdef")}
+
+
+def test_a_domain_without_families_is_drawn_and_split(own):
+    @domain
+    def coins(rng): return Problem(f"{rng.randint(0, 10 ** 6)}?", 1, "coins")
+    found = {s: split_problems("coins", s, 12) for s in ("train", "dev", "test")}
+    for s, problems in found.items():
+        assert [*problems] == ["coins"] and len({p.question for p in problems["coins"]}) == 12
+        assert all(split_of(p.question) == s for p in problems["coins"]) and split_problems("coins", s, 12) == problems
+        assert draw_split("coins", s, 5) == problems["coins"][:5]   # more of them begin with the same ones
+    assert {split_of(training_problem(random.Random(i), name="coins").question) for i in range(60)} == {"train"}
+
+
+def test_training_problems_follow_families_and_options(own):
+    @domain(families={"a": None, "b": None})
+    def lots(rng, family=None, most=9): return Problem(f"{family}{rng.randint(0, most)}?", 1, "lots")
+    def drawn(**options): return {training_problem(random.Random(i), name="lots", **options).question[:-1] for i in range(300)}
+    kept = {f"{f}{i}" for f in "ab" for i in range(10) if split_of(f"{f}{i}?") == "train"}
+    assert drawn() == kept and drawn(families=["b"]) == {q for q in kept if q[0] == "b"} and drawn(most=0) == kept & {"a0", "b0"}
+    assert training_problem(random.Random(5)) == training_problem(random.Random(5), 77, "programs")
+
+
+def test_schoolbook_keeps_its_development_problems():
+    "Of a domain with kept problems nothing is drawn."
+    from threadweaver_ref.schoolbook import heldout_problems
+    assert split_problems("schoolbook", "dev", 2) == {f: heldout_problems(f, 2) for f in families_of("schoolbook")}
+    assert find_domain("schoolbook").split(heldout_problems("sums", 1)[0].question) == "dev" and find_domain("schoolbook").split("1*2+3*4?") == "train"
+    assert all(p.domain == "schoolbook" for p in [training_problem(random.Random(i), name="schoolbook") for i in range(5)])
 
 
 def test_allowed_lists_a_dozen_at_most():

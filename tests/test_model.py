@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from threadweaver_ref.domains import find_domain
 from threadweaver_ref.format import CONTROL_TOKENS
 from threadweaver_ref.model import (
     LONGEST_QUESTION,
@@ -31,7 +32,6 @@ from threadweaver_ref.model import (
     tiny_model,
     unfamiliar,
 )
-from threadweaver_ref.recipes import SAMPLERS
 from threadweaver_ref.schoolbook import FAMILIES, heldout_problems
 from threadweaver_ref.tokenizer import char_tokenizer, control_ids
 
@@ -110,7 +110,7 @@ def test_a_size_can_be_changed():
 
 
 def test_unknown_size():
-    with pytest.raises(ValueError, match="unknown size 'huge': choose one of tiny, small"): tiny_model("huge", TOKENIZER)
+    with pytest.raises(ValueError, match="unknown size 'huge': choose one of mini, tiny, small"): tiny_model("huge", TOKENIZER)
 
 
 # ---- loading
@@ -322,7 +322,7 @@ def test_nothing_that_was_trained_on_is_unfamiliar():
     for family in FAMILIES:
         questions = [p.question for p in heldout_problems(family)]
         assert len(questions) == 500 and [q for q in questions if unfamiliar(model, q)] == []
-    samplers = [*SAMPLERS["schoolbook"].values(), *(lambda rng, step, f=f: f(rng) for f in FAMILIES.values())]
+    samplers = [*find_domain("schoolbook").samplers.values(), *(lambda rng, step, f=f: f(rng) for f in FAMILIES.values())]
     drawn = [f(rng, step).question for f in samplers for step in (0, 1000, 10 ** 6) for _ in range(40)]
     assert [q for q in drawn if unfamiliar(model, q)] == []
 

@@ -1,22 +1,26 @@
 """Recipes: read and checked, run for two tiny steps, stages in order, and what the command line saves."""
 import json
 import random
+import shutil
 import sys
+from dataclasses import fields, replace
 
 import pytest
 import torch
+from helpers import spied
 from training import adapters, flat
 from transformers import AutoModelForCausalLM
 
 from threadweaver_ref import cli
-from threadweaver_ref.domains import DOMAINS, Problem, RandomForks, Sequential, WheneverReady, domain
+from threadweaver_ref import recipes as room
+from threadweaver_ref.domains import DOMAINS, Problem, RandomForks, Sequential, WheneverReady, allowed, domain, find_domain, split_of
 from threadweaver_ref.forkjoin import Limits
-from threadweaver_ref.model import load_policy
-from threadweaver_ref.pgrpo import PGRPOConfig
+from threadweaver_ref.model import SIZES, load_policy, save_policy, shipped_policies, tiny_model
+from threadweaver_ref.pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies
 from threadweaver_ref.recipes import load_recipe, recipes, train_recipe
 from threadweaver_ref.schoolbook import held_out, mixture
 from threadweaver_ref.sft import SFTConfig
-from threadweaver_ref.tokenizer import encode_prompt
+from threadweaver_ref.tokenizer import char_tokenizer, encode_prompt
 
 TINY = dict(steps=2, batch=2, micro_tokens=512)
 
@@ -29,38 +33,76 @@ def written(tmp_path, text):
 # ---- reading
 
 def test_the_shipped_ones():
-    assert set(recipes()) == {"schoolbook-base", "schoolbook-sft", "schoolbook-rl"}
-    for path in recipes().values(): assert len([line for line in path.read_text().splitlines() if not line.startswith("#")]) <= 15
+    assert set(recipes()) >= {"schoolbook-base", "schoolbook-sft", "schoolbook-rl", "tiny-base", "tiny-sft"}
     base, sft, rl = (load_recipe(f"schoolbook-{n}") for n in ("base", "sft", "rl"))
     assert base.start == "tiny" and isinstance(base.config.arrangement, Sequential) and base.config.autoregressive == 0
     assert sft.start == "schoolbook-base" and sft.config.arrangement == WheneverReady() and isinstance(sft.config, SFTConfig)
     assert rl.start == "schoolbook-sft" and rl.lora == 16 and isinstance(rl.config, PGRPOConfig) and rl.reward.keywords == dict(rho=.5, clip=.2)
 
 
+@pytest.mark.parametrize("name", recipes())
+def test_every_shipped_recipe_is_short_says_what_it_does_and_starts_from_something(name):
+    "Its starts lead to new weights or to a policy that ships, and never round in a circle."
+    said, *lines = recipes()[name].read_text().splitlines()
+    assert said.startswith("# ") and len([line for line in lines if not line.startswith("#")]) <= 15
+    seen, start = [name], load_recipe(name).start
+    while start in recipes() and start not in shipped_policies():
+        assert start not in seen
+        seen.append(start)
+        start = load_recipe(start).start
+    assert start in SIZES or start in shipped_policies()
+
+
+@pytest.mark.parametrize("name", sorted({"tiny-always", "tiny-never", "tiny-imitation", "tiny-result", "tiny-kv"} & set(recipes())))
+def test_controls_differ_in_arrangement_or_join_alone(name):
+    "The same start, problems, steps and seed as `tiny-sft`."
+    one, other = load_recipe("tiny-sft"), load_recipe(name)
+    left = {f.name for f in fields(one.config) if getattr(one.config, f.name) != getattr(other.config, f.name)}
+    assert left == {"join" if name in ("tiny-result", "tiny-kv") else "arrangement"}
+    assert replace(other, name=one.name, config=one.config) == one
+
+
+@pytest.mark.parametrize("name", sorted({"tiny-rl-eq7", "tiny-rl-sequential"} & set(recipes())))
+def test_twins_of_the_trained_policy_are_trained_as_long(name):
+    one, other = load_recipe("tiny-rl"), load_recipe(name)
+    left = {f.name for f in fields(one.config) if getattr(one.config, f.name) != getattr(other.config, f.name)}
+    assert left <= {"mode"} and (one.start, one.lora, one.problems.keywords) == (other.start, other.lora, other.problems.keywords)
+    assert one.speedup and not other.speedup and other.reward.keywords == dict(rho=.5, clip=.2)
+
+
 def test_everything_in_a_file_arrives(tmp_path):
-    r = load_recipe(written(tmp_path, "kind: sft\nstart: small\n"
+    r = load_recipe(written(tmp_path, "kind: sft\nstart: small\ndomain: schoolbook\n"
                             "arrangement: {RandomForks: {p: 0.2}}\nsampler: {mixture: {steps: 7}}\nlr: 0.5\nlora: 3"))
     assert (r.name, r.start, r.lora, r.config) == ("mine", "small", 3, SFTConfig(lr=.5, arrangement=RandomForks(.2)))
     assert r.problems.func is mixture and r.problems.keywords == {"steps": 7}
     r = load_recipe(written(tmp_path, "kind: pgrpo\nreward: {rho: 2}\nlimits: {max_tokens: 9}\ngroup: 3"))
-    assert r.config == PGRPOConfig(group=3, limits=Limits(max_tokens=9)) and r.reward.keywords == {"rho": 2}
+    assert r.config == PGRPOConfig(group=3, limits=Limits(max_tokens=9)) and r.reward.keywords == {"rho": 2} and r.speedup is None
+    r = load_recipe(written(tmp_path, "kind: pgrpo\nreward: {speedup: {rho: 2}}"))
+    assert r.speedup == {"rho": 2} and r.problems.keywords == {"name": "programs"}   # the domain, where none is named
+    assert load_recipe(written(tmp_path, "kind: pgrpo\nreward: {speedup: }")).speedup == {}
+    assert load_recipe(written(tmp_path, "sampler: {mixture: {small: 1}}")).problems.func is find_domain("programs").samplers["mixture"]
 
 
 def test_a_domain_without_a_sampler_of_ours(tmp_path, monkeypatch):
-    "Its registered one is asked."
+    "Its registered one is asked, and what it holds out is drawn again."
     monkeypatch.setitem(DOMAINS, "constants", None)   # forgotten again behind the test
-    @domain
-    def constants(rng): return Problem("1?", "1", "constants")
-    assert load_recipe(written(tmp_path, "domain: constants")).problems(random.Random(0), 5).question == "1?"
+    @domain(split=lambda question: "train" if question == "1?" else "test")
+    def constants(rng): return Problem(f"{rng.randint(1, 3)}?", "1", "constants")
+    sampler = load_recipe(written(tmp_path, "domain: constants")).problems
+    assert {sampler(random.Random(seed), 5).question for seed in range(20)} == {"1?"}
+    with pytest.raises(ValueError, match="unknown sampler 'mixture': choose one of "): load_recipe(written(tmp_path, "domain: constants\nsampler: mixture"))
 
 
 @pytest.mark.parametrize("text, said", [
-    ("kind: dpo", "unknown kind 'dpo': choose sft or pgrpo"), ("speed: 9", "unknown key 'speed'"), ("lr: 5e-3", "lr='5e-3': must be a number"),
+    ("kind: dpo", "unknown kind 'dpo': choose one of sft, pgrpo"), ("speed: 9", "unknown key 'speed'"), ("lr: 5e-3", "lr='5e-3': must be a number"),
     ("kind: pgrpo\nsequential: 0.1", "unknown key 'sequential'"),
     ("arrangement: Forked", "unknown arrangement 'Forked': choose one of Sequential"),
     ("arrangement: {RandomForks: 7}", "probability"), ("arrangement: {RandomForks: {q: 7}}", "'q'"),
-    ("sampler: easy", "choose one of mixture, decisions"),
+    ("sampler: easy", "unknown sampler 'easy': choose one of mixture"), ("domain: schoolbook\nsampler: easy", "choose one of mixture, decisions"),
     ("domain: chess", "unknown domain 'chess'"), ("reward: {bonus: 1}", "unknown reward option 'bonus': choose rho or clip"),
+    ("kind: pgrpo\nreward: {speedup: {bonus: 1}}", "unknown reward option 'bonus': choose rho or clip"),
+    ("reward: 5", "reward=5: give options of eq. 7 such as {rho: 0.5}, or {speedup: {rho: 0.5}}"),
+    ("kind: pgrpo\nreward: speedup", "reward='speedup': give options"),
     ("kind: pgrpo\nlimits: {tokens: 1}", "'tokens'"), ("steps: 0", "steps=0: must be at least 1"),
     ("- a\n- b", "expected lines"), ("a: [", "recipe mine.yaml"),
     ("!!python/object/apply:os.system ['true']", "could not determine a constructor")])
@@ -71,14 +113,16 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, said):
 
 @pytest.mark.parametrize("name", ["nope", "nope.yaml", "schoolbook-sft.yml", ""])
 def test_unknown_names(name):
-    listed = "unknown recipe .* choose one of schoolbook-base, schoolbook-rl, schoolbook-sft, or a .yaml file"
-    with pytest.raises(ValueError, match=listed): load_recipe(name)
+    with pytest.raises(ValueError) as refused: load_recipe(name)
+    assert str(refused.value) == f"unknown recipe {name!r}: choose one of {allowed(recipes())}, or a .yaml file"
 
 
-@pytest.mark.parametrize("name", ["schoolbook-base", "schoolbook-sft", "schoolbook-rl"])
+@pytest.mark.parametrize("name", recipes())
 def test_no_recipe_trains_on_held_out_problems(name):
     problems, rng = load_recipe(name).problems, random.Random(0)
-    assert not held_out() & {problems(rng, step).question for step in (0, 400, 2000) for _ in range(25)}
+    drawn = [problems(rng, step) for step in (0, 400, 2000) for _ in range(25)]
+    assert {(find_domain(p.domain).split or split_of)(p.question) for p in drawn} == {"train"}
+    assert not held_out() & {p.question for p in drawn}
 
 
 # ---- running
@@ -118,7 +162,7 @@ def command(monkeypatch, *args):
 def test_train_command_saves_adapter_and_merged(tmp_path, monkeypatch):
     "Two folders, with the same logits; the merged one needs no peft. Other seeds than 0 keep their runs apart."
     path = written(tmp_path, "kind: pgrpo\nstart: schoolbook-sft\nlora: 2\n"
-                   "sampler: decisions\nsteps: 1\nbatch: 1\ngroup: 2\nlimits: {max_tokens: 60}")
+                   "domain: schoolbook\nsampler: decisions\nsteps: 1\nbatch: 1\ngroup: 2\nlimits: {max_tokens: 60}")
     assert not command(monkeypatch, path, "--seed", 3, "--out", tmp_path / "rl", "--runs", tmp_path / "runs")
     assert (tmp_path / "rl" / "adapter_config.json").is_file() and not (tmp_path / "rl" / "config.json").exists()
     run = tmp_path / "runs" / "seed-3" / "mine"
@@ -139,3 +183,55 @@ def test_a_wrong_name_is_one_line(capsys, monkeypatch):
     assert command(monkeypatch, "schoolbook-sff", "--processes", 2) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "unknown recipe 'schoolbook-sff': choose one of schoolbook-base" in err
+
+
+# ---- the speed-up against the frozen start
+
+PAID = "kind: pgrpo\nstart: {start}\nreward: {{speedup: {{rho: 1, clip: .3}}}}\nlora: 2\nsteps: 2\nbatch: 2\ngroup: 2\nlimits: {{max_tokens: 12}}\nlr: 0.01"
+
+
+@pytest.fixture
+def paid(tmp_path, monkeypatch):
+    "A recipe paid by the speed-up of a random start; what `train_pgrpo` was given, and how often references were measured."
+    torch.manual_seed(0)
+    tokenizer = char_tokenizer()
+    save_policy(tiny_model("tiny", tokenizer, hidden_size=32, num_hidden_layers=2), tokenizer, tmp_path / "start")
+    path = written(tmp_path, PAID.format(start=tmp_path / "start"))
+    return path, tmp_path / "runs", spied(monkeypatch, room, "train_pgrpo"), spied(monkeypatch, room, "reference_latencies")
+
+
+def test_references_are_those_of_the_start(paid):
+    "Measured once, before the adapter is there; kept beside the run, and found again when it goes on."
+    path, runs, trained, measured = paid
+    train_recipe(path, runs)
+    _, tokenizer, problems, config, pay, _ = trained[0][0]
+    start, _ = load_policy(path.parent / "start", device="cpu")
+    wanted = reference_latencies(start, tokenizer, drawn_problems(problems, config), config)
+    assert len(measured) == 1 and pay == Speedup(wanted, 1, .3) and len(wanted) == 4
+    assert json.loads((runs / "mine-references.json").read_text()) == wanted and (runs / "mine" / "step-000002").is_dir()
+    again, _, log = train_recipe(path, runs)
+    assert len(measured) == 1 and trained[1][0][4] == pay and [r["step"] for r in log] == [1, 2]
+
+
+def test_without_a_folder_nothing_is_kept(paid):
+    path, runs, trained, measured = paid
+    train_recipe(path, runs, folder=None, steps=1)
+    assert len(measured) == 1 and len(trained[0][0][4].references) == 2 and not runs.exists()
+
+
+def test_a_run_that_grows_knows_its_new_problems(paid):
+    "More steps and another seed, behind a run whose folder was removed: every problem that is asked for has its own reference."
+    path, runs, trained, _ = paid
+    train_recipe(path, runs, steps=1)
+    shutil.rmtree(runs / "mine")
+    train_recipe(path, runs, steps=2, seed=1)
+    _, _, problems, config, pay, _ = trained[-1][0]
+    assert {p.question for p in drawn_problems(problems, config)} <= set(pay.references)
+
+
+def test_fine_tuning_is_not_paid(tmp_path):
+    "A reward belongs to P-GRPO; a fine-tuning recipe with one is refused in one line, or trains without it."
+    path = written(tmp_path, "reward: {speedup: {rho: 1}}\nsteps: 1\nbatch: 1")
+    try: _, _, log = train_recipe(path, tmp_path / "runs")
+    except ValueError as refused: assert "recipe mine.yaml" in str(refused)
+    else: assert len(log) == 1

@@ -27,8 +27,9 @@ from .scoring import check_model
 
 # %% ../nbs/10_model.ipynb #3e67f991
 SIZES = {
+    "mini": dict(hidden_size=64, num_hidden_layers=7, num_attention_heads=2),
     "tiny": dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4),
-    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6),
+    "small": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=8),
 }
 
 def tiny_model(

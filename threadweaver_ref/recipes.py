@@ -8,6 +8,7 @@ __all__ = ['ARRANGEMENTS', 'CONFIGS', 'Recipe', 'recipes', 'load_recipe', 'train
 # %% ../nbs/19_recipes.ipynb #f137984f
 import functools
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 import yaml
 from accelerate import PartialState
 
+from .decode import DecodeConfig
 from .domains import BestFlat, Grouped, RandomForks, Sequential, WheneverReady, allowed, data_dir, find_domain, training_problem
 from .forkjoin import Limits
 from .model import SIZES, add_lora, load_policy, shipped_policies, tiny_model
 from .pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies, train_pgrpo
 from .reward import reward
+from .selftrain import self_train
 from .sft import SFTConfig, train_sft
 from .tokenizer import char_tokenizer
 
@@ -34,6 +37,7 @@ class Recipe:
     problems: Callable = training_problem   # a sampler f(rng, step)
     reward: Callable = reward    # f(rollout, problem), for P-GRPO
     speedup: dict | None = None  # options of `Speedup`, which then is the reward
+    rollouts: dict | None = None # `questions` and `group` of a round of self-training
     lora: int | None = None      # rank of the adapter; None: all weights are trained
     knows: dict | None = None    # `pattern` and `says`: which questions new weights will be trained on
 
@@ -58,12 +62,12 @@ def _sampler(domain, value):
     return functools.partial(sampler, **options) if options else sampler
 
 # %% ../nbs/19_recipes.ipynb #ab19a7a6
-CONFIGS = {"sft": SFTConfig, "pgrpo": PGRPOConfig}
-_OWN = ("kind", "start", "domain", "sampler", "reward", "lora", "knows")
+CONFIGS = {"sft": SFTConfig, "pgrpo": PGRPOConfig, "selftrain": SFTConfig}
+_OWN = ("kind", "start", "domain", "sampler", "reward", "rollouts", "lora", "knows")
 
 def _config(kind, settings):
     "The config of a recipe. Raises `ValueError` for unknown fields and for text in the place of a number."
-    if kind not in CONFIGS: raise ValueError(f"unknown kind {kind!r}: choose sft or pgrpo")
+    if kind not in CONFIGS: raise ValueError(f"unknown kind {kind!r}: choose one of {allowed(CONFIGS)}")
     defaults = {f.name: f.default for f in fields(CONFIGS[kind])}
     if unknown := [k for k in settings if k not in defaults]:
         raise ValueError(f"unknown key {unknown[0]!r}: choose one of {', '.join(_OWN)} or a field of {CONFIGS[kind].__name__}")
@@ -90,7 +94,9 @@ def _recipe(name, data):
     own = {k: data[k] for k in _OWN if k in data}
     config = _config(own.get("kind", "sft"), {k: v for k, v in data.items() if k not in _OWN})
     problems = _sampler(own.get("domain", "programs"), own.get("sampler"))
-    return Recipe(name, config, own.get("start", "tiny"), problems, *_paid(own.get("reward", {})), own.get("lora"), own.get("knows"))
+    rollouts = {"questions": 256, "group": 1, **own.get("rollouts", {})} if own.get("kind") == "selftrain" else None
+    if rollouts and len(rollouts) > 2: raise ValueError(f"rollouts={own['rollouts']}: give questions and group")
+    return Recipe(name, config, own.get("start", "tiny"), problems, *_paid(own.get("reward", {})), rollouts, own.get("lora"), own.get("knows"))
 
 # %% ../nbs/19_recipes.ipynb #c11efd1d
 def recipes() -> dict:
@@ -132,6 +138,13 @@ def _references(model, tokenizer, recipe, config):
         kept.write_text(json.dumps(found))
     return found
 
+def _self_trained(model, tokenizer, recipe, config):
+    "One round of self-training, on problems of the recipe's sampler. Returns the log."
+    rng = random.Random(f"{config.seed} self-training")
+    problems = [recipe.problems(rng, 0) for _ in range(recipe.rollouts["questions"])]
+    decoding = DecodeConfig(join=config.join, temperature=1.0, seed=config.seed)
+    return self_train(model, tokenizer, problems, config, decoding, group=recipe.rollouts["group"])[1]
+
 def train_recipe(
     name,          # of a shipped recipe, or the path of a `.yaml` file
     runs="runs",   # checkpoints and logs go to a folder of this name in here
@@ -146,5 +159,6 @@ def train_recipe(
     if getattr(config, "window", None): model.config.max_position_embeddings = config.window   # decoding stops there
     paid = recipe.reward if recipe.speedup is None else Speedup(_references(model, tokenizer, recipe, config), **recipe.speedup)
     if recipe.lora: model = _adapted(model, recipe)
+    if recipe.rollouts: return model, tokenizer, _self_trained(model, tokenizer, recipe, config)
     if isinstance(config, SFTConfig): return model, tokenizer, train_sft(model, tokenizer, recipe.problems, config, on_step)
     return model, tokenizer, train_pgrpo(model, tokenizer, recipe.problems, config, paid, on_step)

@@ -6,8 +6,9 @@
 __all__ = ['HEAD', 'wilson', 'bootstrap', 'Report', 'read_lines', 'read_report', 'text_length', 'schedule_latencies', 'arranged',
            'average', 'times_faster', 'number', 'spread', 'reports_table', 'markdown', 'plain_table']
 
-# %% ../nbs/19b_report.ipynb #92402482
+# %% ../nbs/19b_report.ipynb #37375f6c
 import functools
+import gzip
 import json
 import math
 import statistics
@@ -22,7 +23,7 @@ from .format import token_counts
 from .rollout import all_forks
 from .tokenizer import encode_text
 
-# %% ../nbs/19b_report.ipynb #a61a96d5
+# %% ../nbs/19b_report.ipynb #11f96b43
 def wilson(
     correct: int,  # k
     total: int,    # n, at least 1
@@ -35,7 +36,7 @@ def wilson(
     scale = 1 + z ** 2 / total
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
-# %% ../nbs/19b_report.ipynb #1d53b645
+# %% ../nbs/19b_report.ipynb #ff07b110
 def bootstrap(
     values,       # one a problem; of a comparison: its difference or ratio
     rounds=2000,
@@ -48,7 +49,7 @@ def bootstrap(
     low, high = values[drawn].mean(1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return values.mean().item(), low, high
 
-# %% ../nbs/19b_report.ipynb #42dfcba9
+# %% ../nbs/19b_report.ipynb #5209ebdd
 @dataclass
 class Report:
     "Rows of `problem_row`, one a problem, and what they are of."
@@ -61,9 +62,9 @@ class Report:
     def __repr__(self): return f"Report({len(self.rows)} problems, {sum(bool(r['correct']) for r in self.rows)} correct)"
 
 def read_lines(path) -> list:
-    "The objects of a file; a last line that was cut off is left out."
-    found = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    "The objects of a file, `.jsonl` or `.jsonl.gz`; a last line that was cut off is left out."
+    data, found = Path(path).read_bytes(), []
+    for line in (gzip.decompress(data) if Path(path).suffix == ".gz" else data).decode("utf-8", "replace").splitlines():
         try: found.append(json.loads(line))
         except json.JSONDecodeError: break
     return found
@@ -74,7 +75,7 @@ def read_report(path) -> Report:
     if not lines or "settings" not in lines[0]: raise ValueError(f"{path} is no report of `evaluate`: its first line has no settings")
     return Report(lines[1:], lines[0])
 
-# %% ../nbs/19b_report.ipynb #c0c07eb2
+# %% ../nbs/19b_report.ipynb #00956902
 def text_length(tokenizer):
     "The number of tokens of a text, control tokens one each: what the schedules count in."
     return functools.lru_cache(100_000)(lambda text: len(encode_text(tokenizer, text)))
@@ -97,7 +98,7 @@ def arranged(problems, arrangement, length) -> Report:
                      "forks": len(widths), "width": max(widths, default=1), **schedule_latencies(p, length)})
     return Report(rows, {"arrangement": repr(arrangement)})
 
-# %% ../nbs/19b_report.ipynb #636e94fa
+# %% ../nbs/19b_report.ipynb #4b655697
 def _mean(values):
     values = [v for v in values if v is not None]
     return statistics.fmean(values) if values else None
@@ -121,7 +122,7 @@ def interval(self:Report) -> tuple:
     marks = [r["correct"] for r in self.rows]
     return wilson(sum(marks), len(marks)) if all(m in (0, 1) for m in marks) else bootstrap(marks)[1:]
 
-# %% ../nbs/19b_report.ipynb #3cc683fd
+# %% ../nbs/19b_report.ipynb #0260ac42
 @patch
 def against(
     self:Report,
@@ -143,12 +144,12 @@ def average(
     mean = lambda key, values: statistics.fmean(values) if isinstance(values[0], (bool, int, float)) else values[0]
     return Report([{k: mean(k, [r[k] for r in rows]) for k in rows[0]} for rows in zip(*(report.rows for report in reports))], reports[0].about)
 
-# %% ../nbs/19b_report.ipynb #842324cf
+# %% ../nbs/19b_report.ipynb #834995b4
 def times_faster(rows, name, baseline) -> tuple:
     "(ratio, low, high): the baseline's seconds over those of a run, problem by problem, a mean with its bootstrap interval."
     return bootstrap([r[baseline] / r[name] for r in rows])
 
-# %% ../nbs/19b_report.ipynb #36e1930c
+# %% ../nbs/19b_report.ipynb #ee0d5509
 def number(value, form=".0f") -> str: return "-" if value is None else format(value, form)
 
 def spread(interval, form=".2f") -> str:
@@ -194,7 +195,7 @@ def plain_table(lines) -> str:
 @patch
 def _repr_markdown_(self:Report): return markdown(self.table())
 
-# %% ../nbs/19b_report.ipynb #ff3bd68d
+# %% ../nbs/19b_report.ipynb #f74e6db8
 @patch
 def plot(
     self:Report,
