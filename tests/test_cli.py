@@ -2,14 +2,18 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 
 import pytest
+from helpers import DATA
 from safetensors import SafetensorError
 
 from threadweaver_ref import cli
+from threadweaver_ref.domains import DOMAINS, domain
+from threadweaver_ref.schoolbook import chain, sums
 
 
 @pytest.fixture
@@ -57,7 +61,11 @@ def test_solve_reads_a_file(run, tmp_path):
     (["train", "giant"], ["giant", "schoolbook-base", "schoolbook-sft"]),
     (["train", "schoolbook-base", "--out", __file__ + "/x"], [__file__]),
     (["evaluate", "--out", __file__ + "/x.json"], [__file__]),
-    (["evaluate", "--domain", "cards"], ["cards", "schoolbook"]),
+    (["evaluate", "--domain", "cards"], ["cards", "programs, schoolbook"]),
+    (["evaluate", "--domain", "schoolbook", "--split", "test"], ["schoolbook keeps no test problems: choose dev"]),
+    (["evaluate", "--split", "held"], ["unknown split 'held': choose train, dev or test"]),
+    (["evaluate", "--mode", "quick"], ["quick", "parallel, sequential, autoregressive"]),
+    (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, schoolbook"]),
     (["gpu", "--out", __file__], [__file__]),
     (["gpu", "--out", "OUT", "--part", "bench"], ["bench", "cuda, steps, packing, pgrpo"]),
     (["demo", "--out", __file__], [__file__]),
@@ -71,7 +79,7 @@ def test_mistakes_get_one_clear_line(run, tmp_path, args, names):
 
 def test_a_wrong_recipe_gets_a_dozen_names_at_most(run):
     _, _, err = run("train", "giant")
-    assert len(err.split("choose one of ")[1].split(", ")) <= 12
+    assert len(err.split("choose one of ")[1].removesuffix(", or a .yaml file\n").split(", ")) <= 12
 
 
 def test_questions_are_lines_as_an_editor_counts_them(run, tmp_path, monkeypatch):
@@ -156,25 +164,74 @@ def test_domains(run):
     code, out, _ = run("domains")
     assert code == 0
     for name in ("gsm8k", "sums", "chain", "product", "nested"): assert f"schoolbook, {name}: " in out
-    assert out.count("in the best flat schedule") == 5
+    for name in ("wide", "quick", "chain", "mixed", "nested"): assert f"programs, {name}: " in out
+    assert out.count("in the best flat schedule") == 10
 
 
-def test_demo_writes_picture_and_numbers(run, tmp_path):
-    code, out, _ = run("demo", "--problems", "8", "--out", str(tmp_path))
+@pytest.fixture
+def little(monkeypatch):
+    "A domain of short schoolbook questions, forgotten again behind the test."
+    monkeypatch.setitem(DOMAINS, "little", None)
+    made = {"sums": lambda rng: sums(rng, 2, 1), "chain": lambda rng: chain(rng, 1, 99)}
+    @domain(families=made)
+    def little(rng, family): return made[family](rng)
+
+
+def test_demo_writes_picture_and_numbers(run, tmp_path, little):
+    code, out, _ = run("demo", "--problems", "5", "--domain", "little", "--policy", "schoolbook-sft", "--out", str(tmp_path))
     result = json.loads((tmp_path / "demo.json").read_text())
-    assert code == 0 and (tmp_path / "timeline.png").stat().st_size > 1000
-    assert set(result["families"]) == {"gsm8k", "sums", "chain", "product", "nested", "all"} and list(result["families"]["all"]["seconds"]) == ["1"]
-    assert result["families"]["all"]["problems"] == 8 and "join" in out and "token latency" in out and "s a problem, alone" in out
+    assert code == 0 and (tmp_path / "timeline.png").stat().st_size > 1000 and [*result["reports"]] == ["sequential", "parallel"]
+    for rows in result["reports"].values():
+        assert [r["family"] for r in rows] == ["sums", "chain", "sums", "chain", "sums"] and len({r["question"] for r in rows}) == 5
+    assert result["shown"]["question"] in {r["question"] for r in rows if r["family"] == "sums"} and result["command"].endswith("--domain little")
+    assert "join" in out and "token latency" in out and "speedup over sequential" in out and "schoolbook-sft, parallel mode, by family:" in out
     assert "warning" not in out.lower() and str(tmp_path) not in json.dumps({k: v for k, v in result.items() if k != "shown"})
 
 
-def test_evaluate_writes_what_its_command_says(run, tmp_path):
-    code, out, _ = run("evaluate", "--problems", "1", "--alone", "0", "--batch", "8", "--out", str(tmp_path / "a.json"))
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert code == 0 and len(out.splitlines()) == 7 and result["result"] == "a.json"
-    assert result["command"] == ("threadweaver-ref evaluate --policy schoolbook-sft --domain schoolbook --problems 1 --alone 0 --batch 8 "
-                                 "--join concat --out a.json")
-    assert result["families"]["all"]["problems"] == 5 and list(result["families"]["all"]["seconds"]) == ["8"]
+@pytest.fixture
+def evaluated(run, tmp_path, little):
+    "`evaluate` over two problems of each little family, with further options, into one folder: what it said, and the lines of every file."
+    def call(*options):
+        code, out, err = run("evaluate", "--domain", "little", "--problems", "2", "--batch", "3", *options, "--out", str(tmp_path / "out"))
+        return code, out, err, {f.name: [json.loads(line) for line in f.read_text().splitlines()] for f in sorted((tmp_path / "out").glob("*"))}
+    return call
+
+
+def test_evaluate_keeps_a_row_a_problem_and_names_its_command(evaluated, tmp_path):
+    code, out, _, files = evaluated("--policy", "schoolbook-sft", "--timed", "1")
+    assert code == 0 and [*files] == ["schoolbook-sft-parallel.jsonl", "schoolbook-sft-sequential.jsonl", "seconds-1.jsonl", "seconds-3.jsonl"]
+    for mode in ("parallel", "sequential"):
+        about, *rows = files[f"schoolbook-sft-{mode}.jsonl"]
+        assert about["settings"]["mode"] == mode and about["run"] == f"schoolbook-sft-{mode}" and str(tmp_path) not in json.dumps(about)
+        assert about["command"] == ("threadweaver-ref evaluate --domain little --split dev --problems 2 --policy schoolbook-sft --mode sequential "
+                                    "--mode parallel --batch 3 --join concat --timed 1 --out out")
+        assert [r["family"] for r in rows] == ["sums"] * 2 + ["chain"] * 2 and all(r["correct"] for r in rows)
+        assert all((r["forks"] > 0) == (mode == "parallel" and r["family"] == "sums") for r in rows)
+    for batch in (1, 3):
+        about, *rows = files[f"seconds-{batch}.jsonl"]
+        assert about["batch"] == batch and [r["family"] for r in rows] == ["sums", "chain"] and all(r["schoolbook-sft-parallel"] > 0 for r in rows)
+        assert f"{batch} at a time, schoolbook-sft-parallel: " in out
+    assert "speedup over schoolbook-sft-sequential (95%)" in out and "times as fast as schoolbook-sft-sequential" in out
+    for name in ("schoolbook-sft-sequential", "schoolbook-sft-parallel"): assert f"\n{name}:\n\n" in out
+
+
+def test_a_stopped_evaluate_goes_on_and_another_one_is_refused(evaluated, tmp_path):
+    evaluated("--mode", "sequential", "--policy", "schoolbook-sft")
+    path = tmp_path / "out" / "schoolbook-sft-sequential.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:len(whole) * 2 // 3])
+    code, *_ = evaluated("--mode", "sequential", "--policy", "schoolbook-sft")
+    plain = lambda text: [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+    assert code == 0 and plain(path.read_text()) == plain(whole) and len(plain(whole)) == 5
+    code, out, err, _ = evaluated("--mode", "sequential", "--policy", "schoolbook-sft", "--join", "kv")
+    assert code == 2 and not out and err.count("holds another report, its join differs: choose another file, or remove it") == 1
+
+
+def test_policies_of_the_same_name_are_told_apart(evaluated, tmp_path):
+    "`train` writes every policy to a folder called `policy`."
+    for name in "ab": shutil.copytree(DATA / "policies" / "schoolbook-sft", tmp_path / name / "policy")
+    code, *_, files = evaluated("--mode", "parallel", "--policy", str(tmp_path / "a" / "policy"), "--policy", str(tmp_path / "b" / "policy"))
+    assert code == 2 or len(files) == 2
 
 
 def test_gpu_says_what_it_did(run, tmp_path):

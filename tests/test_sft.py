@@ -64,7 +64,7 @@ class Mute:
 @pytest.mark.parametrize("bad, message", [
     (dict(sequential=.8, autoregressive=.3), "sum"), (dict(sequential=-.5, autoregressive=1), "between 0 and 1"), (dict(steps=0), "steps=0"),
     (dict(arrangement="sometimes"), "arrangement"), (dict(arrangement=WheneverReady), "arrangement"),
-    (dict(arrangement=Mute(), join="result"), "Mute"), (dict(join="zip"), "zip")])
+    (dict(arrangement=Mute(), join="result"), "Mute"), (dict(join="zip"), "zip"), (dict(window=0), "window=0: must be at least 1")])
 def test_config_is_validated(bad, message):
     with pytest.raises(ValueError, match=message): SFTConfig(**bad)
 
@@ -72,7 +72,7 @@ def test_config_is_validated(bad, message):
 def test_defaults_are_the_ones_written_down():
     config = SFTConfig()
     own = {k: v for k, v in asdict(config).items() if k not in asdict(TrainConfig())}
-    assert own == dict(arrangement={"conclude": False}, sequential=.3, autoregressive=.1) and config.arrangement == WheneverReady()
+    assert own == dict(arrangement={"conclude": False}, sequential=.3, autoregressive=.1, window=None) and config.arrangement == WheneverReady()
     assert {**asdict(config), **asdict(TrainConfig())} == asdict(config)
 
 
@@ -132,6 +132,23 @@ def test_micro_tokens_arrive(monkeypatch):
     cut = spied(monkeypatch, sft, "micro_batches")
     step_batches(MIXED, 0, TOKENIZER, SFTConfig(batch=3, micro_tokens=99))
     assert [(len(c[0][0]), c[0][1]) for c in cut] == [(3, 99)]
+
+
+def test_trees_that_need_more_positions_are_left_out():
+    "Exactly those: a window of n positions holds the places 0 to n - 1."
+    config = SFTConfig(batch=8, sequential=0, autoregressive=0)
+    def found(window): return sorted(int(p.position_ids.max()) for g in step_batches(MIXED, 0, TOKENIZER, replace(config, window=window)) for p in g)
+    ends = found(None)
+    assert len(ends) == 8 and len(set(ends)) > 2
+    for n in sorted(set(ends)):
+        assert found(n + 1) == [e for e in ends if e <= n]
+        if n > ends[0]: assert found(n) == [e for e in ends if e < n]
+    row, = train_sft(fresh(), TOKENIZER, MIXED, replace(config, steps=1, window=ends[1] + 1))
+    assert row["loss"] > 0
+
+
+def test_a_window_that_holds_no_tree():
+    with pytest.raises(ValueError, match="there is nothing to learn"): train_sft(fresh(), TOKENIZER, MIXED, replace(SHORT, window=3))
 
 
 # ---- training

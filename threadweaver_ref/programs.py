@@ -7,13 +7,13 @@ __all__ = ['OPERATIONS', 'DIAL', 'MOST_TURNS', 'NAMES', 'FAMILIES', 'on_dial', '
            'draw_loop', 'draw_quick', 'draw_digit', 'draw_size', 'about', 'wide', 'quick', 'chain', 'mixed', 'nested',
            'mixture', 'programs']
 
-# %% ../nbs/09_programs.ipynb #e66475f6
+# %% ../nbs/09_programs.ipynb #4aad7453
 import operator
 import re
 
 from .domains import Problem, Step, allowed, domain, training_problem
 
-# %% ../nbs/09_programs.ipynb #0ea3f311
+# %% ../nbs/09_programs.ipynb #d93a04e1
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIAL, MOST_TURNS = 10, 99
 
@@ -28,7 +28,7 @@ def loop_turns(value, op, by, turns) -> tuple:
         value = new
     return text, value
 
-# %% ../nbs/09_programs.ipynb #ec7471c9
+# %% ../nbs/09_programs.ipynb #4e380104
 NAMES = "abcdefghijklmnopqrstuvwyz"   # x stands for "times"
 _STATEMENT = re.compile(r"([a-wyz])=([0-9a-wyz])([-+*])([0-9a-wyz])(?:x([0-9]+))?")
 
@@ -52,7 +52,7 @@ def _step(part, known):
     work, known[name] = loop_turns(a, op, b, int(turns))
     return Step(name, needs, part, f"{name}={a}{op}{b}x{turns}: {work}", f"{name}{known[name]};")
 
-# %% ../nbs/09_programs.ipynb #0055702c
+# %% ../nbs/09_programs.ipynb #a09ae4a0
 def parse(
     question: str,  # such as "a=7+3x4;b=2+5x3;c=a+b;c?"
     family="",      # the label of the problem
@@ -68,7 +68,7 @@ def parse(
     answer = "".join(str(known[n]) for n in asked)
     return Problem(question, answer, "programs", steps, "", f"\\boxed{{{answer}}}", family)
 
-# %% ../nbs/09_programs.ipynb #8af8265b
+# %% ../nbs/09_programs.ipynb #e4576903
 FAMILIES = {}   # name -> f(rng, small=False) -> Problem
 
 def family(f):
@@ -91,7 +91,7 @@ def draw_digit(rng): return str(rng.randint(0, 9))
 def draw_size(rng, low, high, small, most): return rng.randint(low, most if small else high)
 def about(rng, turns): return round(turns * rng.uniform(.7, 1.3))
 
-# %% ../nbs/09_programs.ipynb #ad71b576
+# %% ../nbs/09_programs.ipynb #0185b0e2
 @family
 def wide(rng, small=False) -> Problem:
     "Independent loops of similar length: a fork gains many times."
@@ -109,7 +109,7 @@ def quick(rng, small=False) -> Problem:
         out.append(draw_quick(rng, n, _operand(rng, known, .4), _operand(rng, known, .4)))
     return build(out, "quick")
 
-# %% ../nbs/09_programs.ipynb #f80dde4e
+# %% ../nbs/09_programs.ipynb #3592c46d
 @family
 def chain(rng, small=False) -> Problem:
     "Each step needs the one before; some need a quick step beside it. Forking gains nothing."
@@ -135,7 +135,7 @@ def mixed(rng, small=False) -> Problem:
         else: out.append(draw_loop(rng, n, left, about(rng, turns) if kind == "long" else rng.randint(1, 2)))
     return build(out, "mixed")
 
-# %% ../nbs/09_programs.ipynb #43a964fa
+# %% ../nbs/09_programs.ipynb #f6425178
 def _group(rng, names, kinds, turns):
     "Statements of a group: loops and quick steps, then their sum (or difference, or product), two by two."
     members = [next(names) for _ in kinds]
@@ -158,10 +158,16 @@ def nested(rng, small=False) -> Problem:
         asked += out[-1][0]
     return build(out, "nested", asked)
 
-# %% ../nbs/09_programs.ipynb #932fcb73
-def mixture(rng, step=0, small=.7) -> Problem:
-    "A training problem of any family, small with that probability: a sampler f(rng, step)."
-    return training_problem(rng, step, "programs", small=rng.random() < small)
+# %% ../nbs/09_programs.ipynb #0d6b463e
+def mixture(
+    rng,         # `random.Random`
+    step=0,      # of training; not used
+    small=.7,    # share of small problems
+    often=None,  # family -> how many times as often as the others it is drawn
+) -> Problem:
+    "A training problem of any family: a sampler f(rng, step)."
+    families = [f for f in FAMILIES for _ in range((often or {}).get(f, 1))]
+    return training_problem(rng, step, "programs", families, small=rng.random() < small)
 
 @domain(families=FAMILIES, samplers={"mixture": mixture})
 def programs(
