@@ -14,12 +14,13 @@ from training import adapters, stop_at
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from threadweaver_ref import pgrpo, train
-from threadweaver_ref.checkpoint import RunFolder
+from threadweaver_ref import reward as reward_room
+from threadweaver_ref.checkpoint import RunFolder, describe
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import ForkJoin, Limits
 from threadweaver_ref.format import Fork, Text, Thread
 from threadweaver_ref.model import add_lora, decoding_copy, merge_lora
-from threadweaver_ref.pgrpo import PGRPOConfig, roll_out, summary, train_pgrpo
+from threadweaver_ref.pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies, roll_out, summary, train_pgrpo
 from threadweaver_ref.reward import group_advantages, reward
 from threadweaver_ref.schoolbook import sum_of_products
 from threadweaver_ref.scoring import collate, tree_logprobs
@@ -41,13 +42,13 @@ def learner():
 def lively(rollout, problem): return (len(rollout.text) % 7) / 7 + rollout.text.count("1")   # differs among rollouts of random weights
 
 
-def run(folder=None, steps=4, own=False, **options):
-    "A short run, stopped after `steps`; `own`: with a reward that only the first process gives as it should be."
+def run(folder=None, steps=4, own=False, paid=None, **options):
+    "A short run, stopped after `steps`; `own`: with a reward that only the first process gives as it should be; `paid`: with another one."
     model, tokenizer = learner()
     torch.manual_seed(0)
     adapted = add_lora(copy.deepcopy(model), r=4)
     config = PGRPOConfig(**{**dict(steps=4, batch=2, group=4, limits=SHORT, lr=1e-2, save_every=2, folder=folder), **options})
-    pay = (lambda r, p: lively(r, p) + int(os.environ["RANK"]) * random.random()) if own else lively
+    pay = (lambda r, p: lively(r, p) + int(os.environ["RANK"]) * random.random()) if own else paid or lively
     problems = [PROBLEM, sum_of_products([(7, 8)]), sum_of_products([(1, 9)])]
     return adapted, train_pgrpo(adapted, tokenizer, problems, config, pay, stop_at(steps) if steps < 4 else None)
 
@@ -369,3 +370,98 @@ def test_sequential_baseline_never_forks():
     model, tokenizer = learner()
     rollouts = roll_out(model, tokenizer, [PROBLEM], PGRPOConfig(group=4, mode="sequential", limits=SHORT))
     assert all(r.forks == 0 for r in rollouts) and generate(model, tokenizer, [PROBLEM.question], DecodeConfig(limits=SHORT))
+
+
+# ---- references and the speed-up against them
+
+def sampler(rng, step): return sum_of_products([(rng.randint(1, 9), rng.randint(1, 9)), (step + 1, 2)])
+
+
+@pytest.mark.parametrize("problems", [[PROBLEM, sum_of_products([(7, 8)]), sum_of_products([(1, 9)])], sampler], ids=["list", "sampler"])
+def test_drawn_problems_are_those_that_a_run_asks_for(monkeypatch, problems):
+    "In its order; every one of them `group` times."
+    (model, tokenizer), decoded = learner(), spied(monkeypatch, pgrpo, "generate")
+    config = PGRPOConfig(steps=4, batch=2, group=2, limits=Limits(6), seed=3)
+    found = drawn_problems(problems, config)
+    train_pgrpo(copy.deepcopy(model), tokenizer, problems, config, lively)
+    assert [p.question for p in found for _ in range(2)] == [q for c in decoded for q in c[0][2]] and len(found) == 8
+    assert found == drawn_problems(problems, replace(config, group=5)) and found[:2] == drawn_problems(problems, replace(config, steps=1))
+    assert [p.question for p in found] != [p.question for p in drawn_problems(problems, replace(config, seed=4))]
+    with pytest.raises(ValueError, match="empty"): drawn_problems([], config)
+
+
+def test_a_resumed_run_asks_for_the_same_problems(monkeypatch, tmp_path):
+    (model, tokenizer), config = learner(), PGRPOConfig(steps=3, batch=2, group=2, limits=Limits(6), save_every=1, folder=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt): train_pgrpo(copy.deepcopy(model), tokenizer, sampler, config, lively, stop_at(1))
+    decoded = spied(monkeypatch, pgrpo, "generate")
+    train_pgrpo(copy.deepcopy(model), tokenizer, sampler, config, lively)
+    asked = [q for c in decoded for q in c[0][2][::2]]
+    assert 2 <= len(asked) <= 6 and asked == [p.question for p in drawn_problems(sampler, config)][-len(asked):]
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_references_are_greedy_and_sequential_whatever_is_trained(monkeypatch, mode):
+    (model, tokenizer), decoded = learner(), spied(monkeypatch, pgrpo, "generate")
+    problems = [PROBLEM, sum_of_products([(7, 8)]), PROBLEM]
+    config = PGRPOConfig(mode=mode, join="kv", limits=Limits(17, 9), chat=False, group=2, seed=5)
+    found = reference_latencies(model, tokenizer, problems, config)
+    (_, _, questions, decoding, _), _ = decoded[0]
+    assert len(decoded) == 1 and questions == [p.question for p in problems[:2]]   # each question once
+    assert decoding == DecodeConfig("sequential", "kv", 0.0, limits=Limits(17, 9), chat=False)
+    alone = {q: generate(model, tokenizer, [q], decoding)[0] for q in questions}
+    assert found == {q: r.token_latency for q, r in alone.items()} and all(r.forks == 0 and r.token_latency == r.total_tokens for r in alone.values())
+    assert found == reference_latencies(model, tokenizer, problems[::-1], replace(config, seed=9, group=4, steps=1))
+
+
+def test_references_stay_those_of_the_start():
+    "They are numbers: training the model does not move them."
+    model, tokenizer = learner()
+    trained = copy.deepcopy(model)
+    config = PGRPOConfig(steps=3, batch=1, group=4, limits=Limits(12), lr=.05, warmup=0)
+    pay = Speedup(reference_latencies(trained, tokenizer, [PROBLEM], config))
+    before = dict(pay.references)
+    train_pgrpo(trained, tokenizer, [PROBLEM], config, lively)
+    assert pay.references == before == reference_latencies(model, tokenizer, [PROBLEM], config)
+
+
+def ended(problem, latency, correct=True):
+    return SimpleNamespace(text=f"\\boxed{{{problem.answer if correct else 'no'}}}", token_latency=latency, total_tokens=2 * latency)
+
+
+@pytest.mark.parametrize("latency, paid", [(100, 1), (80, 1.1), (60, 1.2), (40, 1.25), (1, 1.25), (120, .9), (150, .75), (900, .75)])
+def test_the_speed_up_by_hand(latency, paid):
+    "Half of the share of 100 tokens that was saved, a quarter at most; a correct answer is always worth more than a wrong one."
+    pay = Speedup({PROBLEM.question: 100}, rho=.5, clip=.25)
+    assert pay(ended(PROBLEM, latency), PROBLEM) == pytest.approx(paid) and pay(ended(PROBLEM, latency, correct=False), PROBLEM) == 0
+
+
+def test_every_problem_has_its_own_reference():
+    other = sum_of_products([(7, 8)])
+    pay = Speedup({PROBLEM.question: 100, other.question: 50}, rho=1, clip=.9)
+    assert (pay(ended(PROBLEM, 40), PROBLEM), pay(ended(other, 40), other)) == pytest.approx((1.6, 1.2))
+    assert Speedup({PROBLEM.question: 100})(ended(PROBLEM, 90), PROBLEM) == pytest.approx(1.05)   # rho .5, as it is written down
+    with pytest.raises(KeyError): pay(ended(PROBLEM, 40), sum_of_products([(1, 1)]))
+
+
+def test_a_run_is_known_by_how_it_pays_not_by_its_references(tmp_path):
+    assert describe(Speedup({"a": 1}, .2, .1)) == "Speedup(rho=0.2, clip=0.1)" == describe(Speedup({}, .2, .1))
+    run(str(tmp_path), steps=4, paid=Speedup({}, .2))
+    run(str(tmp_path), steps=4, paid=Speedup({"a": 1}, .2))
+    with pytest.raises(ValueError, match="with another reward: choose"): run(str(tmp_path), steps=4, paid=Speedup({}, .3))
+
+
+def test_it_is_what_a_step_pays(monkeypatch):
+    "The rewards of a step are those of every rollout and its own problem."
+    (model, tokenizer), made = learner(), spied(monkeypatch, pgrpo, "roll_out")
+    problems, config = [PROBLEM, sum_of_products([(7, 8)])], PGRPOConfig(steps=1, batch=2, group=2, limits=SHORT)
+    monkeypatch.setattr(reward_room, "grade", lambda text, problem: "1" in text)
+    pay, paid = Speedup(reference_latencies(model, tokenizer, problems, config), .5, .2), []
+    def noted(rollout, problem):
+        paid.append((rollout, problem, pay(rollout, problem)))
+        return paid[-1][2]
+    row, = train_pgrpo(copy.deepcopy(model), tokenizer, problems, config, noted)
+    assert len(paid) == 4 and len(made) == 1 and all(r.question == p.question for r, p, _ in paid)
+    for r, p, got in paid:
+        wanted = 1 + min(max(.5 * (1 - r.token_latency / pay.references[p.question]), -.2), .2) if "1" in r.text else 0
+        assert got == pytest.approx(wanted)
+    assert row["reward"] == pytest.approx(sum(x for *_, x in paid) / 4)

@@ -20,9 +20,9 @@ from transformers import GenerationConfig
 
 from .bandwidth import SHAPES, bandwidth, random_model, slot_bytes, spread, step_times, timed, weight_bytes
 from .decode import DecodeConfig, generate
+from .domains import draw_split
 from .forkjoin import Limits
 from .model import load_policy
-from .schoolbook import heldout_problems
 from .tokenizer import char_tokenizer, control_ids, encode_prompt, encode_text, stop_ids
 
 # %% ../nbs/20c_engines.ipynb #47a4ed8e
@@ -149,7 +149,7 @@ def engine_prompts(
 ) -> list:
     "Different prompts: questions for a policy, random digits for a model that has learned nothing."
     rng = random.Random(f"prompts {count}")
-    if name not in SHAPES: return [encode_prompt(tokenizer, p.question) for p in heldout_problems("chain", count)]
+    if name not in SHAPES: return [encode_prompt(tokenizer, p.question) for p in draw_split("programs", "dev", count, "chain")]
     return [encode_text(tokenizer, "".join(rng.choices("0123456789", k=length))) for _ in range(count)]
 
 # %% ../nbs/20c_engines.ipynb #4571b025

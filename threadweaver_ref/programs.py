@@ -7,17 +7,19 @@ __all__ = ['OPERATIONS', 'DIAL', 'MOST_TURNS', 'NAMES', 'FAMILIES', 'on_dial', '
            'draw_loop', 'draw_quick', 'draw_digit', 'draw_size', 'about', 'wide', 'quick', 'chain', 'mixed', 'nested',
            'mixture', 'programs']
 
-# %% ../nbs/09_programs.ipynb #4aad7453
+# %% ../nbs/09_programs.ipynb #907b0d0b
 import operator
 import re
 
 from .domains import Problem, Step, allowed, domain, training_problem
 
-# %% ../nbs/09_programs.ipynb #d93a04e1
+# %% ../nbs/09_programs.ipynb #0144ed6a
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIAL, MOST_TURNS = 10, 99
 
-def on_dial(op, a, b): return OPERATIONS[op](a, b) % DIAL
+def on_dial(op: str, a: int, b: int) -> int:
+    "`a op b` on the dial."
+    return OPERATIONS[op](a, b) % DIAL
 
 def loop_turns(value, op, by, turns) -> tuple:
     "(the turns of a loop as text, its last value)."
@@ -28,7 +30,7 @@ def loop_turns(value, op, by, turns) -> tuple:
         value = new
     return text, value
 
-# %% ../nbs/09_programs.ipynb #4e380104
+# %% ../nbs/09_programs.ipynb #e7dddc26
 NAMES = "abcdefghijklmnopqrstuvwyz"   # x stands for "times"
 _STATEMENT = re.compile(r"([a-wyz])=([0-9a-wyz])([-+*])([0-9a-wyz])(?:x([0-9]+))?")
 
@@ -52,7 +54,7 @@ def _step(part, known):
     work, known[name] = loop_turns(a, op, b, int(turns))
     return Step(name, needs, part, f"{name}={a}{op}{b}x{turns}: {work}", f"{name}{known[name]};")
 
-# %% ../nbs/09_programs.ipynb #a09ae4a0
+# %% ../nbs/09_programs.ipynb #337bb484
 def parse(
     question: str,  # such as "a=7+3x4;b=2+5x3;c=a+b;c?"
     family="",      # the label of the problem
@@ -68,7 +70,7 @@ def parse(
     answer = "".join(str(known[n]) for n in asked)
     return Problem(question, answer, "programs", steps, "", f"\\boxed{{{answer}}}", family)
 
-# %% ../nbs/09_programs.ipynb #e4576903
+# %% ../nbs/09_programs.ipynb #86948251
 FAMILIES = {}   # name -> f(rng, small=False) -> Problem
 
 def family(f):
@@ -85,13 +87,27 @@ def build(
     read = {c for s in statements for c in s[2:] if c in NAMES}
     return parse(";".join([*statements, asked or "".join(s[0] for s in statements if s[0] not in read)]) + "?", family)
 
-def draw_loop(rng, name, start, turns): return f"{name}={start}{rng.choice('+-')}{rng.randint(1, 9)}x{max(1, turns)}"
-def draw_quick(rng, name, left, right): return f"{name}={left}{rng.choice('+-*')}{right}"
-def draw_digit(rng): return str(rng.randint(0, 9))
-def draw_size(rng, low, high, small, most): return rng.randint(low, most if small else high)
-def about(rng, turns): return round(turns * rng.uniform(.7, 1.3))
+def draw_loop(rng, name, start, turns) -> str:
+    "The statement of a loop from `start` on, by a random step."
+    return f"{name}={start}{rng.choice('+-')}{rng.randint(1, 9)}x{max(1, turns)}"
 
-# %% ../nbs/09_programs.ipynb #0185b0e2
+def draw_quick(rng, name, left, right) -> str:
+    "The statement of a quick step with a random operation."
+    return f"{name}={left}{rng.choice('+-*')}{right}"
+
+def draw_digit(rng) -> str:
+    "A random digit."
+    return str(rng.randint(0, 9))
+
+def draw_size(rng, low, high, small, most) -> int:
+    "A number from `low` to `high`; for a small problem to `most`."
+    return rng.randint(low, most if small else high)
+
+def about(rng, turns) -> int:
+    "`turns`, give or take 30%."
+    return round(turns * rng.uniform(.7, 1.3))
+
+# %% ../nbs/09_programs.ipynb #b77564cb
 @family
 def wide(rng, small=False) -> Problem:
     "Independent loops of similar length: a fork gains many times."
@@ -109,7 +125,7 @@ def quick(rng, small=False) -> Problem:
         out.append(draw_quick(rng, n, _operand(rng, known, .4), _operand(rng, known, .4)))
     return build(out, "quick")
 
-# %% ../nbs/09_programs.ipynb #3592c46d
+# %% ../nbs/09_programs.ipynb #3910f317
 @family
 def chain(rng, small=False) -> Problem:
     "Each step needs the one before; some need a quick step beside it. Forking gains nothing."
@@ -135,7 +151,7 @@ def mixed(rng, small=False) -> Problem:
         else: out.append(draw_loop(rng, n, left, about(rng, turns) if kind == "long" else rng.randint(1, 2)))
     return build(out, "mixed")
 
-# %% ../nbs/09_programs.ipynb #f6425178
+# %% ../nbs/09_programs.ipynb #7307263c
 def _group(rng, names, kinds, turns):
     "Statements of a group: loops and quick steps, then their sum (or difference, or product), two by two."
     members = [next(names) for _ in kinds]
@@ -158,7 +174,7 @@ def nested(rng, small=False) -> Problem:
         asked += out[-1][0]
     return build(out, "nested", asked)
 
-# %% ../nbs/09_programs.ipynb #0d6b463e
+# %% ../nbs/09_programs.ipynb #7fabc12a
 def mixture(
     rng,         # `random.Random`
     step=0,      # of training; not used

@@ -6,7 +6,7 @@
 __all__ = ['HEAD', 'wilson', 'bootstrap', 'Report', 'read_lines', 'read_report', 'text_length', 'schedule_latencies', 'arranged',
            'average', 'times_faster', 'number', 'spread', 'reports_table', 'markdown', 'plain_table']
 
-# %% ../nbs/19b_report.ipynb #37375f6c
+# %% ../nbs/19b_report.ipynb #55404fd0
 import functools
 import gzip
 import json
@@ -23,7 +23,7 @@ from .format import token_counts
 from .rollout import all_forks
 from .tokenizer import encode_text
 
-# %% ../nbs/19b_report.ipynb #11f96b43
+# %% ../nbs/19b_report.ipynb #88d8009f
 def wilson(
     correct: int,  # k
     total: int,    # n, at least 1
@@ -36,7 +36,7 @@ def wilson(
     scale = 1 + z ** 2 / total
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
-# %% ../nbs/19b_report.ipynb #ff07b110
+# %% ../nbs/19b_report.ipynb #85e63267
 def bootstrap(
     values,       # one a problem; of a comparison: its difference or ratio
     rounds=2000,
@@ -49,7 +49,7 @@ def bootstrap(
     low, high = values[drawn].mean(1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return values.mean().item(), low, high
 
-# %% ../nbs/19b_report.ipynb #5209ebdd
+# %% ../nbs/19b_report.ipynb #c9a888ad
 @dataclass
 class Report:
     "Rows of `problem_row`, one a problem, and what they are of."
@@ -75,7 +75,7 @@ def read_report(path) -> Report:
     if not lines or "settings" not in lines[0]: raise ValueError(f"{path} is no report of `evaluate`: its first line has no settings")
     return Report(lines[1:], lines[0])
 
-# %% ../nbs/19b_report.ipynb #00956902
+# %% ../nbs/19b_report.ipynb #9544bef2
 def text_length(tokenizer):
     "The number of tokens of a text, control tokens one each: what the schedules count in."
     return functools.lru_cache(100_000)(lambda text: len(encode_text(tokenizer, text)))
@@ -98,7 +98,7 @@ def arranged(problems, arrangement, length) -> Report:
                      "forks": len(widths), "width": max(widths, default=1), **schedule_latencies(p, length)})
     return Report(rows, {"arrangement": repr(arrangement)})
 
-# %% ../nbs/19b_report.ipynb #4b655697
+# %% ../nbs/19b_report.ipynb #03ea40b3
 def _mean(values):
     values = [v for v in values if v is not None]
     return statistics.fmean(values) if values else None
@@ -122,7 +122,7 @@ def interval(self:Report) -> tuple:
     marks = [r["correct"] for r in self.rows]
     return wilson(sum(marks), len(marks)) if all(m in (0, 1) for m in marks) else bootstrap(marks)[1:]
 
-# %% ../nbs/19b_report.ipynb #0260ac42
+# %% ../nbs/19b_report.ipynb #30ed6097
 @patch
 def against(
     self:Report,
@@ -144,13 +144,15 @@ def average(
     mean = lambda key, values: statistics.fmean(values) if isinstance(values[0], (bool, int, float)) else values[0]
     return Report([{k: mean(k, [r[k] for r in rows]) for k in rows[0]} for rows in zip(*(report.rows for report in reports))], reports[0].about)
 
-# %% ../nbs/19b_report.ipynb #834995b4
+# %% ../nbs/19b_report.ipynb #6b793786
 def times_faster(rows, name, baseline) -> tuple:
     "(ratio, low, high): the baseline's seconds over those of a run, problem by problem, a mean with its bootstrap interval."
     return bootstrap([r[baseline] / r[name] for r in rows])
 
-# %% ../nbs/19b_report.ipynb #ee0d5509
-def number(value, form=".0f") -> str: return "-" if value is None else format(value, form)
+# %% ../nbs/19b_report.ipynb #d60e5674
+def number(value, form=".0f") -> str:
+    "A number as text; `-` for None."
+    return "-" if value is None else format(value, form)
 
 def spread(interval, form=".2f") -> str:
     "`mean (low to high)`"
@@ -195,7 +197,7 @@ def plain_table(lines) -> str:
 @patch
 def _repr_markdown_(self:Report): return markdown(self.table())
 
-# %% ../nbs/19b_report.ipynb #f74e6db8
+# %% ../nbs/19b_report.ipynb #0227a732
 @patch
 def plot(
     self:Report,

@@ -29,8 +29,8 @@ from .forkjoin import Limits
 from .format import Fork, Text, Thread
 from .model import add_lora, best_device
 from .pgrpo import PGRPOConfig, train_pgrpo
+from .programs import mixture
 from .replay import replay, units
-from .schoolbook import decisions
 from .scoring import collate, collate_blocks, tree_logprobs
 from .tokenizer import char_tokenizer, encode_text
 
@@ -172,7 +172,7 @@ def pgrpo_row(name, plan, device) -> dict:
     "Seconds of the steps after the first, which warms up."
     tokenizer = char_tokenizer()
     model = add_lora(open_model(name, tokenizer, device))
-    problems = [decisions(random.Random(f"speed {i}"), 0) for i in range(plan.problems)]
+    problems = [mixture(random.Random(f"speed {i}"), small=.5) for i in range(plan.problems)]
     limits = Limits(max_tokens=plan.longest, max_thread_tokens=plan.longest)
     config = PGRPOConfig(steps=plan.repeats + 1, batch=plan.problems, group=plan.group, limits=limits)
     coins = random.Random(0)
