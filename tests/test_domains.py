@@ -203,9 +203,13 @@ def test_a_share_of_the_forks_take_all_that_is_ready():
     for whole in (0, .4, .9): assert first(whole).count(5) / 600 == pytest.approx(whole + (1 - whole) / 4, abs=.06)   # widths 2 to 5
     assert set(first(1)) == {5} and set(first(0)) == {2, 3, 4, 5}
     plain = Step("p", (), "", "p:", ";")
-    for seed in range(20): assert next(forks(RandomForks(1, 1).arrange(one(steps=(plain, A, B)), random.Random(seed)))).outlines == ["a=7+3x4", "b=2+5x3"]
-    old = RandomForks(.5).arrange(wide, random.Random(3))
-    assert old == RandomForks(.5, whole=0).arrange(wide, random.Random(3))   # no draw is spent on it
+    beside = one(steps=(plain, A, B))
+    for seed in range(20): assert next(forks(RandomForks(1, 1).arrange(beside, random.Random(seed)))).outlines == ["a=7+3x4", "b=2+5x3"]
+    for seed in range(20):   # without `whole` no draw is spent on it: one for the fork, then width and threads
+        rng = random.Random(seed)
+        rng.random()
+        drawn = sorted(rng.sample("abcde", rng.randint(2, 5)))
+        assert next(forks(RandomForks(1).arrange(wide, random.Random(seed)))).outlines == drawn
 
 
 def test_grouped_forks_within_forks():
@@ -449,7 +453,8 @@ def test_schoolbook_keeps_its_development_problems():
     "Of a domain with kept problems nothing is drawn."
     from threadweaver_ref.schoolbook import heldout_problems
     assert split_problems("schoolbook", "dev", 2) == {f: heldout_problems(f, 2) for f in families_of("schoolbook")}
-    assert find_domain("schoolbook").split(heldout_problems("sums", 1)[0].question) == "dev" and find_domain("schoolbook").split("1*2+3*4?") == "train"
+    split = find_domain("schoolbook").split
+    assert split(heldout_problems("sums", 1)[0].question) == "dev" and split("1*2+3*4?") == "train"
     assert all(p.domain == "schoolbook" for p in [training_problem(random.Random(i), name="schoolbook") for i in range(5)])
 
 

@@ -167,7 +167,8 @@ def test_a_question_with_a_line_of_its_own_is_kept_when_a_run_goes_on(tmp_path, 
 @pytest.mark.parametrize("other, said", [
     (dict(config=replace(SHORT, mode="sequential")), "mode"), (dict(config=replace(SHORT, join="kv")), "join"),
     (dict(config=replace(SHORT, limits=Limits(max_tokens=6))), "limits"), (dict(config=replace(SHORT, seed=1)), "seed"),
-    (dict(problems=PROBLEMS[:4]), "problems"), (dict(problems=[*PROBLEMS[:4], parse("a=1+2;a?")]), "problems"), (dict(problems=PROBLEMS[::-1]), "problems"),
+    (dict(problems=PROBLEMS[:4]), "problems"), (dict(problems=[*PROBLEMS[:4], parse("a=1+2;a?")]), "problems"),
+    (dict(problems=PROBLEMS[::-1]), "problems"),
     (dict(model=tiny("Qwen3", CHAR, seed=1)), "policy"), (dict(model=tiny("Qwen2", CHAR)), "policy")], ids=lambda x: x if isinstance(x, str) else "")
 def test_a_file_of_another_run_is_refused_and_left_alone(tmp_path, whole, other, said):
     (tmp_path / "a").write_text(whole[1], encoding="utf-8")
@@ -262,4 +263,5 @@ def test_any_tokenizer_measures():
     problems = [p for ps in split_problems("programs", "dev", 1).values() for p in ps]
     report = evaluate(tiny("Qwen3", bpe), bpe, problems, replace(SHORT, batch=8), progress=False)
     for row, problem in zip(report.rows, problems, strict=True):
-        assert row.items() >= schedule_latencies(problem, text_length(bpe)).items() and row["never"] != schedule_latencies(problem, text_length(CHAR))["never"]
+        assert row.items() >= schedule_latencies(problem, text_length(bpe)).items()
+        assert row["never"] != schedule_latencies(problem, text_length(CHAR))["never"]

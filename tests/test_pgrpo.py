@@ -381,7 +381,7 @@ def sampler(rng, step): return sum_of_products([(rng.randint(1, 9), rng.randint(
 def test_drawn_problems_are_those_that_a_run_asks_for(monkeypatch, problems):
     "In its order; every one of them `group` times."
     (model, tokenizer), decoded = learner(), spied(monkeypatch, pgrpo, "generate")
-    config = PGRPOConfig(steps=4, batch=2, group=2, limits=Limits(6), seed=3)
+    config = PGRPOConfig(steps=4, batch=2, group=2, limits=Limits(max_tokens=6), seed=3)
     found = drawn_problems(problems, config)
     train_pgrpo(copy.deepcopy(model), tokenizer, problems, config, lively)
     assert [p.question for p in found for _ in range(2)] == [q for c in decoded for q in c[0][2]] and len(found) == 8
@@ -391,7 +391,7 @@ def test_drawn_problems_are_those_that_a_run_asks_for(monkeypatch, problems):
 
 
 def test_a_resumed_run_asks_for_the_same_problems(monkeypatch, tmp_path):
-    (model, tokenizer), config = learner(), PGRPOConfig(steps=3, batch=2, group=2, limits=Limits(6), save_every=1, folder=str(tmp_path))
+    (model, tokenizer), config = learner(), PGRPOConfig(steps=3, batch=2, group=2, limits=Limits(max_tokens=6), save_every=1, folder=str(tmp_path))
     with pytest.raises(KeyboardInterrupt): train_pgrpo(copy.deepcopy(model), tokenizer, sampler, config, lively, stop_at(1))
     decoded = spied(monkeypatch, pgrpo, "generate")
     train_pgrpo(copy.deepcopy(model), tokenizer, sampler, config, lively)
@@ -403,11 +403,11 @@ def test_a_resumed_run_asks_for_the_same_problems(monkeypatch, tmp_path):
 def test_references_are_greedy_and_sequential_whatever_is_trained(monkeypatch, mode):
     (model, tokenizer), decoded = learner(), spied(monkeypatch, pgrpo, "generate")
     problems = [PROBLEM, sum_of_products([(7, 8)]), PROBLEM]
-    config = PGRPOConfig(mode=mode, join="kv", limits=Limits(17, 9), chat=False, group=2, seed=5)
+    config = PGRPOConfig(mode=mode, join="kv", limits=Limits(max_tokens=17, max_thread_tokens=9), chat=False, group=2, seed=5)
     found = reference_latencies(model, tokenizer, problems, config)
     (_, _, questions, decoding, _), _ = decoded[0]
     assert len(decoded) == 1 and questions == [p.question for p in problems[:2]]   # each question once
-    assert decoding == DecodeConfig("sequential", "kv", 0.0, limits=Limits(17, 9), chat=False)
+    assert decoding == DecodeConfig("sequential", "kv", 0.0, limits=Limits(max_tokens=17, max_thread_tokens=9), chat=False)
     alone = {q: generate(model, tokenizer, [q], decoding)[0] for q in questions}
     assert found == {q: r.token_latency for q, r in alone.items()} and all(r.forks == 0 and r.token_latency == r.total_tokens for r in alone.values())
     assert found == reference_latencies(model, tokenizer, problems[::-1], replace(config, seed=9, group=4, steps=1))
@@ -417,7 +417,7 @@ def test_references_stay_those_of_the_start():
     "They are numbers: training the model does not move them."
     model, tokenizer = learner()
     trained = copy.deepcopy(model)
-    config = PGRPOConfig(steps=3, batch=1, group=4, limits=Limits(12), lr=.05, warmup=0)
+    config = PGRPOConfig(steps=3, batch=1, group=4, limits=Limits(max_tokens=12), lr=.05, warmup=0)
     pay = Speedup(reference_latencies(trained, tokenizer, [PROBLEM], config))
     before = dict(pay.references)
     train_pgrpo(trained, tokenizer, [PROBLEM], config, lively)
@@ -445,9 +445,9 @@ def test_every_problem_has_its_own_reference():
 
 def test_a_run_is_known_by_how_it_pays_not_by_its_references(tmp_path):
     assert describe(Speedup({"a": 1}, .2, .1)) == "Speedup(rho=0.2, clip=0.1)" == describe(Speedup({}, .2, .1))
-    run(str(tmp_path), steps=4, paid=Speedup({}, .2))
-    run(str(tmp_path), steps=4, paid=Speedup({"a": 1}, .2))
-    with pytest.raises(ValueError, match="with another reward: choose"): run(str(tmp_path), steps=4, paid=Speedup({}, .3))
+    known = {sum_of_products(pairs).question: 40 for pairs in ([(2, 3), (4, 5)], [(7, 8)], [(1, 9)])}
+    for more in ({}, {"a": 1}): run(str(tmp_path), paid=Speedup({**known, **more}, .2))
+    with pytest.raises(ValueError, match="with another reward: choose"): run(str(tmp_path), paid=Speedup(known, .3))
 
 
 def test_it_is_what_a_step_pays(monkeypatch):

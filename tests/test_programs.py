@@ -113,9 +113,11 @@ def test_questions_that_no_family_draws():
     (";a?", "'' is no step"), ("a=1+2;;a?", "'' is no step"), ("a=2+;a?", "'a=2+' is no step"), ("a=7+3x;a?", "is no step"),
     ("a=12+3;a?", "is no step"), ("a=1/2;a?", "is no step"), ("a=1+2+3;a?", "is no step"), ("a=1;a?", "is no step"), ("A=1+2;A?", "is no step"),
     ("x=1+2;x?", "is no step"), ("ab=1+2;ab?", "is no step"), ("a=1+x;a?", "is no step"), ("a=7+3x-1;a?", "is no step"), (" a=1+2;a?", "is no step"),
-    ("a=1+2 ;a?", "is no step"), ("a=1+2\n;a?", "is no step"), ("a=7+3xb;a?", "is no step"), ("a=-1+2;a?", "is no step"), ("a=7+3x4.0;a?", "is no step"),
+    ("a=1+2 ;a?", "is no step"), ("a=1+2\n;a?", "is no step"), ("a=7+3xb;a?", "is no step"), ("a=-1+2;a?", "is no step"),
+    ("a=7+3x4.0;a?", "is no step"),
     ("a=1+2;a??", "asks for '?': choose from a"), ("a=1+2;?", "asks for 'nothing': choose from a"), ("a=1+2;b?", "asks for 'b': choose from a"),
-    ("a=1+2;a\n?", r"asks for '\n'"), ("a=1+2;a b?", "asks for ' '"), ("a=1+2;A?", "asks for 'A'"), ("a=1+2;b=3+4;acb?", "asks for 'c': choose from a, b"),
+    ("a=1+2;a\n?", r"asks for '\n'"), ("a=1+2;a b?", "asks for ' '"), ("a=1+2;A?", "asks for 'A'"),
+    ("a=1+2;b=3+4;acb?", "asks for 'c': choose from a, b"),
     ("a=b+1;a?", "step 'a=b+1' reads 'b', which no earlier step defines"), ("a=a+1;a?", "reads 'a', which no earlier"),
     ("a=b+1;b=1+1;a?", "reads 'b'"), ("a=1+2;a=3+4;a?", "'a' is defined twice"),
     ("a=7+3x0;a?", "step 'a=7+3x0' asks for 0 turns: 1 to 99 are allowed"), ("a=7+3x100;a?", "asks for 100 turns"),
@@ -130,8 +132,10 @@ def test_a_bad_question_gets_one_clear_line(question, said):
 
 
 @pytest.mark.parametrize("question, said", [
-    ("a=1+2x" + "9" * 5000 + ";a?", "turns: 1 to 99 are allowed"), ("z" * 10 ** 6, "does not end in"), ("a=1+2;" + "z" * 10 ** 6 + "?", "asks for 'z'"),
-    ("a=" + "1" * 10 ** 6 + ";a?", "is no step"), ("a=1+2;" * 10 ** 5 + "a?", "'a' is defined twice"), (";" * 10 ** 5 + "?", "'' is no step")], ids=range(6))
+    ("a=1+2x" + "9" * 5000 + ";a?", "turns: 1 to 99 are allowed"), ("z" * 10 ** 6, "does not end in"),
+    ("a=1+2;" + "z" * 10 ** 6 + "?", "asks for 'z'"),
+    ("a=" + "1" * 10 ** 6 + ";a?", "is no step"), ("a=1+2;" * 10 ** 5 + "a?", "'a' is defined twice"),
+    (";" * 10 ** 5 + "?", "'' is no step")], ids=range(6))
 def test_a_huge_question_gets_a_short_line(question, said):
     with pytest.raises(ValueError, match=re.escape(said)) as refused: parse(question)
     assert len(str(refused.value)) <= 300
@@ -214,6 +218,8 @@ def test_what_the_families_are():
 def test_small_ones_are_shorter(name):
     size = [fmean(len(p.question) + sum(len(s.text) for s in p.steps) for p in samples(name, 60, 5, small=small)) for small in (True, False)]
     assert size[0] < .75 * size[1]
+    turns = [[int(n) for p in samples(name, 60, 5, small=small) for n in re.findall("x([0-9]+)", p.question)] for small in (True, False)]
+    assert max(turns[0], default=0) <= 5 and (name == "quick" or max(turns[1]) > 5)
 
 
 def test_a_program_of_statements():
@@ -237,6 +243,13 @@ def test_mixture():
     assert mixture(random.Random(3)) == mixture(random.Random(3), 999)
     def long(small): return fmean(len(mixture(random.Random(seed), small=small).question) for seed in range(200))
     assert long(1) < long(.7) < long(0)
+
+
+def test_some_families_more_often():
+    "Five families, one of them four times as often: half of all problems."
+    drawn = [mixture(random.Random(seed), often={"quick": 4}).family for seed in range(600)]
+    assert drawn.count("quick") / 600 == pytest.approx(4 / 8, abs=.06) and min(map(drawn.count, FAMILIES)) / 600 == pytest.approx(1 / 8, abs=.04)
+    assert "chain" not in {mixture(random.Random(seed), often={"chain": 0}).family for seed in range(100)}
 
 
 # ---- splits

@@ -88,5 +88,5 @@ print(json.dumps([threadweaver_ref.__file__, {k: str(v) for k, v in shipped_poli
 
 def test_it_knows_the_recipes(python):
     said = python("-m", "threadweaver_ref.cli", "train", "nope", check=False)
-    names = sorted(p.stem for p in (DATA / "recipes").glob("*.yaml"))
+    names = [p.stem for p in sorted((DATA / "recipes").glob("*.yaml"))]
     assert f"unknown recipe 'nope': choose one of {allowed(names)}, or a .yaml file" in said, said

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['OPERATIONS', 'DIAL', 'MOST_TURNS', 'NAMES', 'FAMILIES', 'on_dial', 'loop_turns', 'parse', 'family', 'build',
-           'draw_loop', 'draw_quick', 'draw_digit', 'draw_size', 'about', 'wide', 'quick', 'chain', 'mixed', 'nested',
-           'mixture', 'programs']
+           'draw_loop', 'draw_quick', 'draw_digit', 'draw_names', 'draw_size', 'about', 'wide', 'quick', 'chain',
+           'mixed', 'nested', 'mixture', 'programs']
 
-# %% ../nbs/09_programs.ipynb #907b0d0b
+# %% ../nbs/09_programs.ipynb #4e504c42
 import operator
 import re
 
 from .domains import Problem, Step, allowed, domain, training_problem
 
-# %% ../nbs/09_programs.ipynb #0144ed6a
+# %% ../nbs/09_programs.ipynb #66ea3d64
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIAL, MOST_TURNS = 10, 99
 
@@ -30,7 +30,7 @@ def loop_turns(value, op, by, turns) -> tuple:
         value = new
     return text, value
 
-# %% ../nbs/09_programs.ipynb #e7dddc26
+# %% ../nbs/09_programs.ipynb #8a569945
 NAMES = "abcdefghijklmnopqrstuvwyz"   # x stands for "times"
 _STATEMENT = re.compile(r"([a-wyz])=([0-9a-wyz])([-+*])([0-9a-wyz])(?:x([0-9]+))?")
 
@@ -54,7 +54,7 @@ def _step(part, known):
     work, known[name] = loop_turns(a, op, b, int(turns))
     return Step(name, needs, part, f"{name}={a}{op}{b}x{turns}: {work}", f"{name}{known[name]};")
 
-# %% ../nbs/09_programs.ipynb #337bb484
+# %% ../nbs/09_programs.ipynb #323332cb
 def parse(
     question: str,  # such as "a=7+3x4;b=2+5x3;c=a+b;c?"
     family="",      # the label of the problem
@@ -70,7 +70,7 @@ def parse(
     answer = "".join(str(known[n]) for n in asked)
     return Problem(question, answer, "programs", steps, "", f"\\boxed{{{answer}}}", family)
 
-# %% ../nbs/09_programs.ipynb #86948251
+# %% ../nbs/09_programs.ipynb #015dd0fc
 FAMILIES = {}   # name -> f(rng, small=False) -> Problem
 
 def family(f):
@@ -99,6 +99,11 @@ def draw_digit(rng) -> str:
     "A random digit."
     return str(rng.randint(0, 9))
 
+def draw_names(rng, small) -> str:
+    "All names, from `a` on; for a small problem from any on, so that each is practised."
+    first = rng.randrange(len(NAMES)) if small else 0
+    return NAMES[first:] + NAMES[:first]
+
 def draw_size(rng, low, high, small, most) -> int:
     "A number from `low` to `high`; for a small problem to `most`."
     return rng.randint(low, most if small else high)
@@ -107,12 +112,12 @@ def about(rng, turns) -> int:
     "`turns`, give or take 30%."
     return round(turns * rng.uniform(.7, 1.3))
 
-# %% ../nbs/09_programs.ipynb #b77564cb
+# %% ../nbs/09_programs.ipynb #c44b388c
 @family
 def wide(rng, small=False) -> Problem:
     "Independent loops of similar length: a fork gains many times."
     turns = draw_size(rng, 3, 14, small, 4)
-    return build([draw_loop(rng, n, draw_digit(rng), about(rng, turns)) for n in NAMES[:draw_size(rng, 3, 10, small, 4)]], "wide")
+    return build([draw_loop(rng, n, draw_digit(rng), about(rng, turns)) for n in draw_names(rng, small)[:draw_size(rng, 3, 10, small, 4)]], "wide")
 
 def _operand(rng, known, p): return rng.choice(known) if known and rng.random() < p else draw_digit(rng)
 
@@ -120,16 +125,16 @@ def _operand(rng, known, p): return rng.choice(known) if known and rng.random() 
 def quick(rng, small=False) -> Problem:
     "Quick steps, many of them ready together: a fork costs more than it saves."
     out = []
-    for n in NAMES[:draw_size(rng, 5, 16, small, 8)]:
+    for n in draw_names(rng, small)[:draw_size(rng, 5, 16, small, 8)]:
         known = [s[0] for s in out]
         out.append(draw_quick(rng, n, _operand(rng, known, .4), _operand(rng, known, .4)))
     return build(out, "quick")
 
-# %% ../nbs/09_programs.ipynb #3910f317
+# %% ../nbs/09_programs.ipynb #9d66de38
 @family
 def chain(rng, small=False) -> Problem:
     "Each step needs the one before; some need a quick step beside it. Forking gains nothing."
-    out, last, names, aside = [], draw_digit(rng), iter(NAMES), rng.random() < .6
+    out, last, names, aside = [], draw_digit(rng), iter(draw_names(rng, small)), rng.random() < .6
     for _ in range(draw_size(rng, 3, 7, small, 4)):
         other = draw_digit(rng)
         if looped := rng.random() < .4: out.append(draw_loop(rng, n := next(names), last, draw_size(rng, 1, 8, small, 4)))
@@ -145,13 +150,13 @@ def mixed(rng, small=False) -> Problem:
     kinds = ["long"] * draw_size(rng, 1, 4, small, 2) + ["quick"] * draw_size(rng, 4, 11, small, 6) + ["short"] * rng.randint(0, 2)
     rng.shuffle(kinds)
     out = []
-    for n, kind in zip(NAMES, kinds):
+    for n, kind in zip(draw_names(rng, small), kinds):
         left, right = (_operand(rng, [s[0] for s in out], .3) for _ in range(2))
         if kind == "quick": out.append(draw_quick(rng, n, left, right))
         else: out.append(draw_loop(rng, n, left, about(rng, turns) if kind == "long" else rng.randint(1, 2)))
     return build(out, "mixed")
 
-# %% ../nbs/09_programs.ipynb #7307263c
+# %% ../nbs/09_programs.ipynb #897a57d5
 def _group(rng, names, kinds, turns):
     "Statements of a group: loops and quick steps, then their sum (or difference, or product), two by two."
     members = [next(names) for _ in kinds]
@@ -166,7 +171,7 @@ def _group(rng, names, kinds, turns):
 @family
 def nested(rng, small=False) -> Problem:
     "Groups of loops, each with a total of its own: threads may fork again."
-    names, out, asked, turns = iter(NAMES), [], "", draw_size(rng, 2, 9, small, 4)
+    names, out, asked, turns = iter(draw_names(rng, small)), [], "", draw_size(rng, 2, 9, small, 4)
     for _ in range(draw_size(rng, 2, 3, small, 2)):
         kinds = ["loop"] * draw_size(rng, 2, 3, small, 2) + ["quick"] * rng.randint(0, 1)
         rng.shuffle(kinds)
@@ -174,7 +179,7 @@ def nested(rng, small=False) -> Problem:
         asked += out[-1][0]
     return build(out, "nested", asked)
 
-# %% ../nbs/09_programs.ipynb #7fabc12a
+# %% ../nbs/09_programs.ipynb #0b24b36d
 def mixture(
     rng,         # `random.Random`
     step=0,      # of training; not used
