@@ -132,7 +132,7 @@ def test_a_bad_question_gets_one_clear_line(question, said):
 
 
 @pytest.mark.parametrize("question, said", [
-    ("a=1+2x" + "9" * 5000 + ";a?", "turns: 1 to 99 are allowed"), ("z" * 10 ** 6, "does not end in"),
+    ("a=1+2x" + "9" * 5000 + ";a?", "is no step"), ("z" * 10 ** 6, "does not end in"),
     ("a=1+2;" + "z" * 10 ** 6 + "?", "asks for 'z'"),
     ("a=" + "1" * 10 ** 6 + ";a?", "is no step"), ("a=1+2;" * 10 ** 5 + "a?", "'a' is defined twice"),
     (";" * 10 ** 5 + "?", "'' is no step")], ids=range(6))

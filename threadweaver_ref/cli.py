@@ -134,16 +134,16 @@ def evaluate(
     "Accuracy with intervals, token latency, regret and seconds; every problem's own row is kept."
     from threadweaver_ref.decode import DecodeConfig
     from threadweaver_ref.domains import split_problems
-    from threadweaver_ref.evaluate import evaluate_all, provenance, public_path, time_all
+    from threadweaver_ref.evaluate import evaluate_all, policy_name, provenance, public_path, time_all
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.report import plain_table, reports_table
-    families, names = split_problems(domain, split, problems), {p: public_path(p).split("/")[-1] for p in policy}
-    configs = {m: DecodeConfig(m, join, batch=batch) for m in mode}
-    if out: _writable(out / "settings.json")
-    runs = {f"{names[p]}-{m}": (*loaded, c) for p in policy for loaded in [load_policy(p)] for m, c in configs.items()}
+    families, names = split_problems(domain, split, problems), {p: policy_name(p) for p in policy}
+    if len({*names.values()}) < len(names): raise ValueError(f"several policies are called {names[policy[0]]!r}: measure one at a time")
+    if out: _writable(out / "x.jsonl")
+    runs = {f"{names[p]}-{m}": (*loaded, DecodeConfig(m, join, batch=batch)) for p in policy for loaded in [load_policy(p)] for m in mode}
     given = [*(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode), f"--batch {batch} --join {join} --timed {timed}"]
-    command = f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}"
-    about = provenance(command + (f" --out {public_path(out)}" if out else ""), seed=0)
+    given += [f"--out {public_path(out)}"] if out else []
+    about = provenance(f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}", seed=0)
     reports = evaluate_all(runs, [p for ps in families.values() for p in ps], out, about)
     for name, report in reports.items(): typer.echo(f"\n{name}:\n\n{plain_table(report.table())}")
     if len(reports) > 1: typer.echo(f"\n{plain_table(reports_table(reports, next(iter(reports))))}\n")

@@ -7,13 +7,14 @@ __all__ = ['OPERATIONS', 'DIAL', 'MOST_TURNS', 'NAMES', 'FAMILIES', 'on_dial', '
            'draw_loop', 'draw_quick', 'draw_digit', 'draw_names', 'draw_size', 'about', 'wide', 'quick', 'chain',
            'mixed', 'nested', 'mixture', 'programs']
 
-# %% ../nbs/09_programs.ipynb #4e504c42
+# %% ../nbs/09_programs.ipynb #4498a903
 import operator
 import re
+import textwrap
 
 from .domains import Problem, Step, allowed, domain, training_problem
 
-# %% ../nbs/09_programs.ipynb #66ea3d64
+# %% ../nbs/09_programs.ipynb #61f1ad4e
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIAL, MOST_TURNS = 10, 99
 
@@ -30,9 +31,11 @@ def loop_turns(value, op, by, turns) -> tuple:
         value = new
     return text, value
 
-# %% ../nbs/09_programs.ipynb #8a569945
+# %% ../nbs/09_programs.ipynb #10364b8c
 NAMES = "abcdefghijklmnopqrstuvwyz"   # x stands for "times"
-_STATEMENT = re.compile(r"([a-wyz])=([0-9a-wyz])([-+*])([0-9a-wyz])(?:x([0-9]+))?")
+_STATEMENT = re.compile(r"([a-wyz])=([0-9a-wyz])([-+*])([0-9a-wyz])(?:x(0|[1-9][0-9]{0,8}))?")
+
+def _short(text): return textwrap.shorten(text, 60, placeholder="...") if " " in text else text[:60] + "..." * (len(text) > 60)
 
 def _value(operand, known, part):
     "A digit, or what an earlier step came to."
@@ -42,7 +45,8 @@ def _value(operand, known, part):
 
 def _step(part, known):
     "The step of one statement; its value is noted in `known`."
-    if not (m := _STATEMENT.fullmatch(part)): raise ValueError(f"{part!r} is no step such as c=a+b or a=7+3x4 (names are single letters but x)")
+    if not (m := _STATEMENT.fullmatch(part)):
+        raise ValueError(f"{_short(part)!r} is no step such as c=a+b or a=7+3x4 (names are single letters but x)")
     name, left, op, right, turns = m.groups()
     if name in known: raise ValueError(f"{name!r} is defined twice")
     needs = tuple(dict.fromkeys(o for o in (left, right) if o.isalpha()))
@@ -54,14 +58,14 @@ def _step(part, known):
     work, known[name] = loop_turns(a, op, b, int(turns))
     return Step(name, needs, part, f"{name}={a}{op}{b}x{turns}: {work}", f"{name}{known[name]};")
 
-# %% ../nbs/09_programs.ipynb #323332cb
+# %% ../nbs/09_programs.ipynb #7e56b77c
 def parse(
     question: str,  # such as "a=7+3x4;b=2+5x3;c=a+b;c?"
     family="",      # the label of the problem
 ) -> Problem:
     "The problem of a question. Raises `ValueError`, one line, for anything else."
     *parts, asked = question.split(";")
-    if not parts or not asked.endswith("?"): raise ValueError(f"{question!r} does not end in ;names? behind its steps, as a=7+3x4;a? does")
+    if not parts or not asked.endswith("?"): raise ValueError(f"{_short(question)!r} does not end in ;names? behind its steps, as a=7+3x4;a? does")
     known = {}
     steps = [_step(part, known) for part in parts]
     asked = asked.removesuffix("?")
@@ -70,7 +74,7 @@ def parse(
     answer = "".join(str(known[n]) for n in asked)
     return Problem(question, answer, "programs", steps, "", f"\\boxed{{{answer}}}", family)
 
-# %% ../nbs/09_programs.ipynb #015dd0fc
+# %% ../nbs/09_programs.ipynb #d051be8a
 FAMILIES = {}   # name -> f(rng, small=False) -> Problem
 
 def family(f):
@@ -112,7 +116,7 @@ def about(rng, turns) -> int:
     "`turns`, give or take 30%."
     return round(turns * rng.uniform(.7, 1.3))
 
-# %% ../nbs/09_programs.ipynb #c44b388c
+# %% ../nbs/09_programs.ipynb #828e65e1
 @family
 def wide(rng, small=False) -> Problem:
     "Independent loops of similar length: a fork gains many times."
@@ -130,7 +134,7 @@ def quick(rng, small=False) -> Problem:
         out.append(draw_quick(rng, n, _operand(rng, known, .4), _operand(rng, known, .4)))
     return build(out, "quick")
 
-# %% ../nbs/09_programs.ipynb #9d66de38
+# %% ../nbs/09_programs.ipynb #e447511b
 @family
 def chain(rng, small=False) -> Problem:
     "Each step needs the one before; some need a quick step beside it. Forking gains nothing."
@@ -156,7 +160,7 @@ def mixed(rng, small=False) -> Problem:
         else: out.append(draw_loop(rng, n, left, about(rng, turns) if kind == "long" else rng.randint(1, 2)))
     return build(out, "mixed")
 
-# %% ../nbs/09_programs.ipynb #897a57d5
+# %% ../nbs/09_programs.ipynb #326496ce
 def _group(rng, names, kinds, turns):
     "Statements of a group: loops and quick steps, then their sum (or difference, or product), two by two."
     members = [next(names) for _ in kinds]
@@ -179,15 +183,17 @@ def nested(rng, small=False) -> Problem:
         asked += out[-1][0]
     return build(out, "nested", asked)
 
-# %% ../nbs/09_programs.ipynb #0b24b36d
+# %% ../nbs/09_programs.ipynb #79773773
 def mixture(
     rng,         # `random.Random`
     step=0,      # of training; not used
     small=.7,    # share of small problems
     often=None,  # family -> how many times as often as the others it is drawn
 ) -> Problem:
-    "A training problem of any family: a sampler f(rng, step)."
-    families = [f for f in FAMILIES for _ in range((often or {}).get(f, 1))]
+    "A training problem of any family: a sampler f(rng, step). Raises `ValueError` for an unknown family."
+    often = often or {}
+    if unknown := [f for f in often if f not in FAMILIES]: raise ValueError(f"unknown family {unknown[0]!r}: choose one of {allowed(FAMILIES)}")
+    families = [f for f in FAMILIES for _ in range(often.get(f, 1))]
     return training_problem(rng, step, "programs", families, small=rng.random() < small)
 
 @domain(families=FAMILIES, samplers={"mixture": mixture})

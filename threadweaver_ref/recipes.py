@@ -7,6 +7,7 @@ __all__ = ['ARRANGEMENTS', 'CONFIGS', 'Recipe', 'recipes', 'load_recipe', 'train
 
 # %% ../nbs/19_recipes.ipynb #f137984f
 import functools
+import inspect
 import json
 import random
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 import yaml
 from accelerate import PartialState
 
+from .checkpoint import digest, training_set
 from .decode import DecodeConfig
 from .domains import BestFlat, Grouped, RandomForks, Sequential, WheneverReady, allowed, data_dir, find_domain, training_problem
 from .forkjoin import Limits
@@ -59,6 +61,8 @@ def _sampler(domain, value):
     known = find_domain(domain).samplers
     if value is None: return functools.partial(training_problem, name=domain)
     sampler, args, options = _named(value, known, "sampler")
+    if unknown := [k for k in options if k not in inspect.signature(sampler).parameters]:
+        raise ValueError(f"sampler {value}: unknown option {unknown[0]!r}")
     return functools.partial(sampler, **options) if options else sampler
 
 # %% ../nbs/19_recipes.ipynb #ab19a7a6
@@ -86,7 +90,12 @@ def _paid(value):
     "(reward, options of `Speedup` or None) of `reward: {rho: .5}`, for eq. 7, or `reward: {speedup: {rho: .5}}`."
     if not isinstance(value, dict): raise ValueError(f"reward={value!r}: give options of eq. 7 such as {{rho: 0.5}}, or {{speedup: {{rho: 0.5}}}}")
     if "speedup" not in value: return _reward(value), None
-    return reward, _reward(value["speedup"] or {}).keywords
+    if len(value) > 1 or not isinstance(value["speedup"], dict): raise ValueError(f"reward={value!r}: give {{speedup: {{rho: 0.5, clip: 0.2}}}}")
+    return reward, _reward(value["speedup"]).keywords
+
+def _rollouts(value):
+    if not isinstance(value, dict) or set(value) - {"questions", "group"}: raise ValueError(f"rollouts={value!r}: give {{questions: 256, group: 1}}")
+    return {"questions": 256, "group": 1, **value}
 
 def _recipe(name, data):
     "The recipe in the data of a file."
@@ -94,8 +103,9 @@ def _recipe(name, data):
     own = {k: data[k] for k in _OWN if k in data}
     config = _config(own.get("kind", "sft"), {k: v for k, v in data.items() if k not in _OWN})
     problems = _sampler(own.get("domain", "programs"), own.get("sampler"))
-    rollouts = {"questions": 256, "group": 1, **own.get("rollouts", {})} if own.get("kind") == "selftrain" else None
-    if rollouts and len(rollouts) > 2: raise ValueError(f"rollouts={own['rollouts']}: give questions and group")
+    for key, kind in (("reward", "pgrpo"), ("rollouts", "selftrain")):
+        if key in own and own.get("kind", "sft") != kind: raise ValueError(f"{key} is for kind: {kind}")
+    rollouts = _rollouts(own.get("rollouts", {})) if own.get("kind") == "selftrain" else None
     return Recipe(name, config, own.get("start", "tiny"), problems, *_paid(own.get("reward", {})), rollouts, own.get("lora"), own.get("knows"))
 
 # %% ../nbs/19_recipes.ipynb #c11efd1d
@@ -130,12 +140,13 @@ def _adapted(model, recipe):
 
 def _references(model, tokenizer, recipe, config):
     "L_ref of every problem of the run, of the start; kept beside the run's folder."
-    kept = Path(f"{config.folder}-references.json") if config.folder else None
-    if kept and kept.is_file(): return json.loads(kept.read_text())
-    found = reference_latencies(model, tokenizer, drawn_problems(recipe.problems, config), config)
+    problems, kept = drawn_problems(recipe.problems, config), Path(f"{config.folder}-references.json") if config.folder else None
+    of = [digest(model), training_set(problems)]
+    if kept and kept.is_file() and (there := json.loads(kept.read_text()))["of"] == of: return there["latencies"]
+    found = reference_latencies(model, tokenizer, problems, config)
     if kept and PartialState().is_main_process:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found))
+        kept.write_text(json.dumps({"of": of, "latencies": found}))
     return found
 
 def _self_trained(model, tokenizer, recipe, config):

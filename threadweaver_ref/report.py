@@ -6,7 +6,7 @@
 __all__ = ['HEAD', 'wilson', 'bootstrap', 'Report', 'read_lines', 'read_report', 'text_length', 'schedule_latencies', 'arranged',
            'average', 'times_faster', 'number', 'spread', 'reports_table', 'markdown', 'plain_table']
 
-# %% ../nbs/19b_report.ipynb #55404fd0
+# %% ../nbs/19b_report.ipynb #ac59f06a
 import functools
 import gzip
 import json
@@ -23,7 +23,7 @@ from .format import token_counts
 from .rollout import all_forks
 from .tokenizer import encode_text
 
-# %% ../nbs/19b_report.ipynb #88d8009f
+# %% ../nbs/19b_report.ipynb #01318cae
 def wilson(
     correct: int,  # k
     total: int,    # n, at least 1
@@ -36,7 +36,7 @@ def wilson(
     scale = 1 + z ** 2 / total
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
-# %% ../nbs/19b_report.ipynb #85e63267
+# %% ../nbs/19b_report.ipynb #aa29c54b
 def bootstrap(
     values,       # one a problem; of a comparison: its difference or ratio
     rounds=2000,
@@ -49,7 +49,7 @@ def bootstrap(
     low, high = values[drawn].mean(1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return values.mean().item(), low, high
 
-# %% ../nbs/19b_report.ipynb #c9a888ad
+# %% ../nbs/19b_report.ipynb #cc3f2e27
 @dataclass
 class Report:
     "Rows of `problem_row`, one a problem, and what they are of."
@@ -62,20 +62,23 @@ class Report:
     def __repr__(self): return f"Report({len(self.rows)} problems, {sum(bool(r['correct']) for r in self.rows)} correct)"
 
 def read_lines(path) -> list:
-    "The objects of a file, `.jsonl` or `.jsonl.gz`; a last line that was cut off is left out."
+    "The objects of a file, `.jsonl` or `.jsonl.gz`; a last line that was cut off is left out. Raises `ValueError` for another line that is not JSON."
     data, found = Path(path).read_bytes(), []
-    for line in (gzip.decompress(data) if Path(path).suffix == ".gz" else data).decode("utf-8", "replace").splitlines():
-        try: found.append(json.loads(line))
-        except json.JSONDecodeError: break
+    lines = (gzip.decompress(data) if Path(path).suffix == ".gz" else data).decode("utf-8", "replace").split("\n")
+    for i, line in enumerate(lines, 1):
+        try: found += [json.loads(line)] if line else []
+        except json.JSONDecodeError:
+            if i < len(lines): raise ValueError(f"{path}, line {i}: not JSON") from None
     return found
 
 def read_report(path) -> Report:
     "The report that `evaluate` kept in a file. Raises `ValueError` for another file."
     lines = read_lines(path)
-    if not lines or "settings" not in lines[0]: raise ValueError(f"{path} is no report of `evaluate`: its first line has no settings")
+    if not lines or not isinstance(lines[0], dict) or "settings" not in lines[0]:
+        raise ValueError(f"{path} is no report of `evaluate`: its first line has no settings")
     return Report(lines[1:], lines[0])
 
-# %% ../nbs/19b_report.ipynb #9544bef2
+# %% ../nbs/19b_report.ipynb #e6afd2a0
 def text_length(tokenizer):
     "The number of tokens of a text, control tokens one each: what the schedules count in."
     return functools.lru_cache(100_000)(lambda text: len(encode_text(tokenizer, text)))
@@ -98,31 +101,34 @@ def arranged(problems, arrangement, length) -> Report:
                      "forks": len(widths), "width": max(widths, default=1), **schedule_latencies(p, length)})
     return Report(rows, {"arrangement": repr(arrangement)})
 
-# %% ../nbs/19b_report.ipynb #03ea40b3
+# %% ../nbs/19b_report.ipynb #532673a9
 def _mean(values):
     values = [v for v in values if v is not None]
     return statistics.fmean(values) if values else None
+
+def _forked(row): return row.get("forked", min(row["forks"], 1))   # of an average: the share of its reports
 
 @patch
 def summary(self:Report) -> dict:
     "Means over the problems. Latencies, `ratio` (to the best flat schedule, with its interval) and regret: over correct answers."
     rows, correct = self.rows, [r for r in self.rows if r["correct"] == 1]
     known = [r for r in correct if "best_flat" in r]
-    forked = lambda pays: _mean(min(r["forks"], 1) for r in rows if "best_width" in r and (r["best_width"] > 1) == pays)
+    forked = lambda pays: _mean(_forked(r) for r in rows if "best_width" in r and (r["best_width"] > 1) == pays)
     found = {"problems": len(rows), "accuracy": _mean(r["correct"] for r in rows), "interval": self.interval(),
              **{c: _mean(r.get(c) for r in correct) for c in ("token_latency", "total_tokens", "decode_steps", "peak_context", "reprefilled")},
              "best_flat": _mean(r["best_flat"] for r in known), "regret": _mean(r["token_latency"] - r["best_flat"] for r in known),
              "ratio": bootstrap([r["token_latency"] / r["best_flat"] for r in known]), "forks_where_it_pays": forked(True),
-             "forks_where_not": forked(False), "width": _mean(r["width"] for r in rows if r["forks"])}
+             "forks_where_not": forked(False), "width": _mean(r["width"] for r in rows if _forked(r))}
     return {**found, "well_formed": _mean(r.get("well_formed") for r in rows), "seconds": _mean(r.get("seconds") for r in rows)}
 
 @patch
 def interval(self:Report) -> tuple:
     "(low, high) of the accuracy: Wilson's, or for a mean over several reports a bootstrap over problems."
     marks = [r["correct"] for r in self.rows]
+    if not marks: return None, None
     return wilson(sum(marks), len(marks)) if all(m in (0, 1) for m in marks) else bootstrap(marks)[1:]
 
-# %% ../nbs/19b_report.ipynb #30ed6097
+# %% ../nbs/19b_report.ipynb #914a7719
 @patch
 def against(
     self:Report,
@@ -141,15 +147,20 @@ def average(
 ) -> Report:
     "A report of means, problem by problem; what is no number is taken from the first. Raises `ValueError` for other problems."
     if len({tuple(r["question"] for r in report.rows) for report in reports}) != 1: raise ValueError("the reports are of different problems")
-    mean = lambda key, values: statistics.fmean(values) if isinstance(values[0], (bool, int, float)) else values[0]
-    return Report([{k: mean(k, [r[k] for r in rows]) for k in rows[0]} for rows in zip(*(report.rows for report in reports))], reports[0].about)
+    return Report([_averaged(rows) for rows in zip(*(report.rows for report in reports))], reports[0].about)
 
-# %% ../nbs/19b_report.ipynb #6b793786
+def _averaged(rows):
+    "One row of several of the same problem. Its width is that of those that fork."
+    mean = lambda values: statistics.fmean(values) if isinstance(values[0], (bool, int, float)) else values[0]
+    found = {k: mean([r[k] for r in rows]) for k in rows[0]}
+    return {**found, "forked": statistics.fmean(map(_forked, rows)), "width": _mean(r["width"] for r in rows if _forked(r)) or 1}
+
+# %% ../nbs/19b_report.ipynb #89f86c2f
 def times_faster(rows, name, baseline) -> tuple:
     "(ratio, low, high): the baseline's seconds over those of a run, problem by problem, a mean with its bootstrap interval."
     return bootstrap([r[baseline] / r[name] for r in rows])
 
-# %% ../nbs/19b_report.ipynb #d60e5674
+# %% ../nbs/19b_report.ipynb #cf257d9a
 def number(value, form=".0f") -> str:
     "A number as text; `-` for None."
     return "-" if value is None else format(value, form)
@@ -197,7 +208,7 @@ def plain_table(lines) -> str:
 @patch
 def _repr_markdown_(self:Report): return markdown(self.table())
 
-# %% ../nbs/19b_report.ipynb #0227a732
+# %% ../nbs/19b_report.ipynb #e4c60b14
 @patch
 def plot(
     self:Report,
