@@ -102,9 +102,9 @@ def test_a_domain_without_a_sampler_of_ours(tmp_path, monkeypatch):
     ("arrangement: Forked", "unknown arrangement 'Forked': choose one of Sequential"),
     ("arrangement: {RandomForks: 7}", "probability"), ("arrangement: {RandomForks: {q: 7}}", "'q'"),
     ("sampler: easy", "unknown sampler 'easy': choose one of mixture"), ("domain: schoolbook\nsampler: easy", "choose one of mixture, decisions"),
-    ("domain: chess", "unknown domain 'chess'"), ("reward: {bonus: 1}", "unknown reward option 'bonus': choose rho or clip"),
+    ("domain: chess", "unknown domain 'chess'"), ("kind: pgrpo\nreward: {bonus: 1}", "unknown reward option 'bonus': choose rho or clip"),
     ("kind: pgrpo\nreward: {speedup: {bonus: 1}}", "unknown reward option 'bonus': choose rho or clip"),
-    ("reward: 5", "reward=5: give options of eq. 7 such as {rho: 0.5}, or {speedup: {rho: 0.5}}"),
+    ("kind: pgrpo\nreward: 5", "reward=5: give options of eq. 7 such as {rho: 0.5}, or {speedup: {rho: 0.5}}"),
     ("kind: pgrpo\nreward: speedup", "reward='speedup': give options"),
     ("kind: pgrpo\nlimits: {tokens: 1}", "'tokens'"), ("steps: 0", "steps=0: must be at least 1"),
     ("- a\n- b", "expected lines"), ("a: [", "recipe mine.yaml"),
@@ -212,9 +212,17 @@ def test_references_are_those_of_the_start(paid):
     start, _ = load_policy(path.parent / "start", device="cpu")
     wanted = reference_latencies(start, tokenizer, drawn_problems(problems, config), config)
     assert len(measured) == 1 and pay == Speedup(wanted, 1, .3) and len(wanted) == 4
-    assert json.loads((runs / "mine-references.json").read_text()) == wanted and (runs / "mine" / "step-000002").is_dir()
+    assert json.loads((runs / "mine-references.json").read_text())["latencies"] == wanted and (runs / "mine" / "step-000002").is_dir()
     again, _, log = train_recipe(path, runs)
     assert len(measured) == 1 and trained[1][0][4] == pay and [r["step"] for r in log] == [1, 2]
+
+
+def test_references_of_other_problems_or_another_start_are_not_taken(paid):
+    path, runs, trained, measured = paid
+    train_recipe(path, runs)
+    (runs / "mine-references.json").write_text(json.dumps({"of": ["another start", "other problems"], "latencies": {}}))
+    train_recipe(path, runs)
+    assert len(measured) == 2 and trained[1][0][4] == trained[0][0][4]
 
 
 def test_without_a_folder_nothing_is_kept(paid):

@@ -90,8 +90,9 @@ def _paid(value):
     "(reward, options of `Speedup` or None) of `reward: {rho: .5}`, for eq. 7, or `reward: {speedup: {rho: .5}}`."
     if not isinstance(value, dict): raise ValueError(f"reward={value!r}: give options of eq. 7 such as {{rho: 0.5}}, or {{speedup: {{rho: 0.5}}}}")
     if "speedup" not in value: return _reward(value), None
-    if len(value) > 1 or not isinstance(value["speedup"], dict): raise ValueError(f"reward={value!r}: give {{speedup: {{rho: 0.5, clip: 0.2}}}}")
-    return reward, _reward(value["speedup"]).keywords
+    options = value["speedup"] or {}
+    if len(value) > 1 or not isinstance(options, dict): raise ValueError(f"reward={value!r}: give {{speedup: {{rho: 0.5, clip: 0.2}}}}")
+    return reward, _reward(options).keywords
 
 def _rollouts(value):
     if not isinstance(value, dict) or set(value) - {"questions", "group"}: raise ValueError(f"rollouts={value!r}: give {{questions: 256, group: 1}}")
