@@ -7,14 +7,14 @@ __all__ = ['OPERATIONS', 'DIAL', 'MOST_TURNS', 'NAMES', 'FAMILIES', 'on_dial', '
            'draw_loop', 'draw_quick', 'draw_digit', 'draw_names', 'draw_size', 'about', 'wide', 'quick', 'chain',
            'mixed', 'nested', 'mixture', 'programs']
 
-# %% ../nbs/09_programs.ipynb #4498a903
+# %% ../nbs/09_programs.ipynb #06b2d44b
 import operator
 import re
 import textwrap
 
 from .domains import Problem, Step, allowed, domain, training_problem
 
-# %% ../nbs/09_programs.ipynb #61f1ad4e
+# %% ../nbs/09_programs.ipynb #29194aea
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIAL, MOST_TURNS = 10, 99
 
@@ -31,7 +31,7 @@ def loop_turns(value, op, by, turns) -> tuple:
         value = new
     return text, value
 
-# %% ../nbs/09_programs.ipynb #10364b8c
+# %% ../nbs/09_programs.ipynb #4e273ec6
 NAMES = "abcdefghijklmnopqrstuvwyz"   # x stands for "times"
 _STATEMENT = re.compile(r"([a-wyz])=([0-9a-wyz])([-+*])([0-9a-wyz])(?:x(0|[1-9][0-9]{0,8}))?")
 
@@ -58,7 +58,7 @@ def _step(part, known):
     work, known[name] = loop_turns(a, op, b, int(turns))
     return Step(name, needs, part, f"{name}={a}{op}{b}x{turns}: {work}", f"{name}{known[name]};")
 
-# %% ../nbs/09_programs.ipynb #7e56b77c
+# %% ../nbs/09_programs.ipynb #309749d1
 def parse(
     question: str,  # such as "a=7+3x4;b=2+5x3;c=a+b;c?"
     family="",      # the label of the problem
@@ -71,10 +71,10 @@ def parse(
     asked = asked.removesuffix("?")
     unknown = [n for n in asked if n not in known]
     if unknown or not asked: raise ValueError(f"the question asks for {unknown[0] if unknown else 'nothing'!r}: choose from {allowed(known)}")
-    answer = "".join(str(known[n]) for n in asked)
+    answer = "".join(f"{n}{known[n]}" for n in asked) if len(asked) > 1 else str(known[asked])
     return Problem(question, answer, "programs", steps, "", f"\\boxed{{{answer}}}", family)
 
-# %% ../nbs/09_programs.ipynb #d051be8a
+# %% ../nbs/09_programs.ipynb #510421a1
 FAMILIES = {}   # name -> f(rng, small=False) -> Problem
 
 def family(f):
@@ -116,7 +116,7 @@ def about(rng, turns) -> int:
     "`turns`, give or take 30%."
     return round(turns * rng.uniform(.7, 1.3))
 
-# %% ../nbs/09_programs.ipynb #828e65e1
+# %% ../nbs/09_programs.ipynb #9678c29a
 @family
 def wide(rng, small=False) -> Problem:
     "Independent loops of similar length: a fork gains many times."
@@ -134,7 +134,7 @@ def quick(rng, small=False) -> Problem:
         out.append(draw_quick(rng, n, _operand(rng, known, .4), _operand(rng, known, .4)))
     return build(out, "quick")
 
-# %% ../nbs/09_programs.ipynb #e447511b
+# %% ../nbs/09_programs.ipynb #9b924676
 @family
 def chain(rng, small=False) -> Problem:
     "Each step needs the one before; some need a quick step beside it. Forking gains nothing."
@@ -160,7 +160,7 @@ def mixed(rng, small=False) -> Problem:
         else: out.append(draw_loop(rng, n, left, about(rng, turns) if kind == "long" else rng.randint(1, 2)))
     return build(out, "mixed")
 
-# %% ../nbs/09_programs.ipynb #326496ce
+# %% ../nbs/09_programs.ipynb #8969808c
 def _group(rng, names, kinds, turns):
     "Statements of a group: loops and quick steps, then their sum (or difference, or product), two by two."
     members = [next(names) for _ in kinds]
@@ -183,7 +183,7 @@ def nested(rng, small=False) -> Problem:
         asked += out[-1][0]
     return build(out, "nested", asked)
 
-# %% ../nbs/09_programs.ipynb #79773773
+# %% ../nbs/09_programs.ipynb #28af0886
 def mixture(
     rng,         # `random.Random`
     step=0,      # of training; not used
