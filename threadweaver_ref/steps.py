@@ -157,13 +157,15 @@ def ready_steps(
 class RandomForks:
     "At each moment: with probability `p` a fork of what is ready, otherwise the next step."
     p: float = 0.5
-    whole: float = 0.0       # share of the forks that take all that is ready; the others a random part
+    whole: float = 0.0       # share of the forks that take all that is ready
+    longest: float = 0.0     # share that take a random number of the longest that are ready; the others a random part
     conclude: bool = False   # threads end in a conclusion
 
     def __post_init__(self):
-        for name in ("p", "whole"):
+        for name in ("p", "whole", "longest"):
             value = getattr(self, name)
             if not 0 <= value <= 1: raise ValueError(f"{name} must be a probability from 0 to 1, not {value!r}")
+        if self.whole + self.longest > 1: raise ValueError(f"whole and longest must not exceed 1 together, not {self.whole + self.longest!r}")
 
     def arrange(self, problem, rng=None) -> list:
         "A trajectory of `problem`; `rng` is a `random.Random` (seed 0 if None)."
@@ -176,8 +178,10 @@ class RandomForks:
     def _draw(self, ready, rng):
         able = [s for s in ready if s.outline]
         if len(able) < 2 or rng.random() >= self.p: return ready[:1]
-        if self.whole and rng.random() < self.whole: return able
-        drawn = rng.sample(able, rng.randint(2, len(able)))
+        kind = rng.random() if self.whole + self.longest else 1
+        if kind < self.whole: return able
+        n = rng.randint(2, len(able))
+        drawn = sorted(able, key=lambda s: -len(s.text))[:n] if kind < self.whole + self.longest else rng.sample(able, n)
         return [s for s in able if s in drawn]
 
 # %% ../nbs/08_steps.ipynb #7227ec55
