@@ -7,14 +7,14 @@ __all__ = ['OPERATIONS', 'DIAL', 'MOST_TURNS', 'NAMES', 'FAMILIES', 'on_dial', '
            'draw_loop', 'draw_quick', 'draw_digit', 'draw_names', 'draw_size', 'about', 'wide', 'quick', 'chain',
            'mixed', 'nested', 'mixture', 'programs']
 
-# %% ../nbs/09_programs.ipynb #06b2d44b
+# %% ../nbs/09_programs.ipynb #9722d29a
 import operator
 import re
 import textwrap
 
 from .domains import Problem, Step, allowed, domain, training_problem
 
-# %% ../nbs/09_programs.ipynb #29194aea
+# %% ../nbs/09_programs.ipynb #17a11512
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIAL, MOST_TURNS = 10, 99
 
@@ -31,7 +31,7 @@ def loop_turns(value, op, by, turns) -> tuple:
         value = new
     return text, value
 
-# %% ../nbs/09_programs.ipynb #4e273ec6
+# %% ../nbs/09_programs.ipynb #daa81690
 NAMES = "abcdefghijklmnopqrstuvwyz"   # x stands for "times"
 _STATEMENT = re.compile(r"([a-wyz])=([0-9a-wyz])([-+*])([0-9a-wyz])(?:x(0|[1-9][0-9]{0,8}))?")
 
@@ -58,7 +58,7 @@ def _step(part, known):
     work, known[name] = loop_turns(a, op, b, int(turns))
     return Step(name, needs, part, f"{name}={a}{op}{b}x{turns}: {work}", f"{name}{known[name]};")
 
-# %% ../nbs/09_programs.ipynb #309749d1
+# %% ../nbs/09_programs.ipynb #bb98493e
 def parse(
     question: str,  # such as "a=7+3x4;b=2+5x3;c=a+b;c?"
     family="",      # the label of the problem
@@ -74,7 +74,7 @@ def parse(
     answer = "".join(f"{n}{known[n]}" for n in asked) if len(asked) > 1 else str(known[asked])
     return Problem(question, answer, "programs", steps, "", f"\\boxed{{{answer}}}", family)
 
-# %% ../nbs/09_programs.ipynb #510421a1
+# %% ../nbs/09_programs.ipynb #ed1c8c84
 FAMILIES = {}   # name -> f(rng, small=False) -> Problem
 
 def family(f):
@@ -116,7 +116,7 @@ def about(rng, turns) -> int:
     "`turns`, give or take 30%."
     return round(turns * rng.uniform(.7, 1.3))
 
-# %% ../nbs/09_programs.ipynb #9678c29a
+# %% ../nbs/09_programs.ipynb #d4235edb
 @family
 def wide(rng, small=False) -> Problem:
     "Independent loops of similar length: a fork gains many times."
@@ -129,12 +129,12 @@ def _operand(rng, known, p): return rng.choice(known) if known and rng.random() 
 def quick(rng, small=False) -> Problem:
     "Quick steps, many of them ready together: a fork costs more than it saves."
     out = []
-    for n in draw_names(rng, small)[:draw_size(rng, 5, 16, small, 8)]:
+    for n in draw_names(rng, small)[:draw_size(rng, 4, 10, small, 7)]:
         known = [s[0] for s in out]
         out.append(draw_quick(rng, n, _operand(rng, known, .4), _operand(rng, known, .4)))
     return build(out, "quick")
 
-# %% ../nbs/09_programs.ipynb #9b924676
+# %% ../nbs/09_programs.ipynb #d8c25348
 @family
 def chain(rng, small=False) -> Problem:
     "Each step needs the one before; some need a quick step beside it. Forking gains nothing."
@@ -151,7 +151,7 @@ def chain(rng, small=False) -> Problem:
 def mixed(rng, small=False) -> Problem:
     "Long loops, short ones and quick steps that read each other: the best fork is a part of what is ready, or none."
     turns = draw_size(rng, 3, 10, small, 4)
-    kinds = ["long"] * draw_size(rng, 1, 4, small, 2) + ["quick"] * draw_size(rng, 4, 11, small, 6) + ["short"] * rng.randint(0, 2)
+    kinds = ["long"] * draw_size(rng, 1, 4, small, 2) + ["quick"] * draw_size(rng, 3, 7, small, 5) + ["short"] * rng.randint(0, 1)
     rng.shuffle(kinds)
     out = []
     for n, kind in zip(draw_names(rng, small), kinds):
@@ -160,7 +160,7 @@ def mixed(rng, small=False) -> Problem:
         else: out.append(draw_loop(rng, n, left, about(rng, turns) if kind == "long" else rng.randint(1, 2)))
     return build(out, "mixed")
 
-# %% ../nbs/09_programs.ipynb #8969808c
+# %% ../nbs/09_programs.ipynb #7b37ee26
 def _group(rng, names, kinds, turns):
     "Statements of a group: loops and quick steps, then their sum (or difference, or product), two by two."
     members = [next(names) for _ in kinds]
@@ -175,15 +175,16 @@ def _group(rng, names, kinds, turns):
 @family
 def nested(rng, small=False) -> Problem:
     "Groups of loops, each with a total of its own: threads may fork again."
-    names, out, asked, turns = iter(draw_names(rng, small)), [], "", draw_size(rng, 2, 9, small, 4)
-    for _ in range(draw_size(rng, 2, 3, small, 2)):
-        kinds = ["loop"] * draw_size(rng, 2, 3, small, 2) + ["quick"] * rng.randint(0, 1)
+    names, out, asked, turns = iter(draw_names(rng, small)), [], "", draw_size(rng, 3, 10, small, 4)
+    groups = draw_size(rng, 2, 3, small, 2)
+    for _ in range(groups):
+        kinds = ["loop"] * draw_size(rng, 2, 5 - groups, small, 2) + ["quick"] * rng.randint(0, 1)
         rng.shuffle(kinds)
         out += _group(rng, names, kinds, turns)
         asked += out[-1][0]
     return build(out, "nested", asked)
 
-# %% ../nbs/09_programs.ipynb #28af0886
+# %% ../nbs/09_programs.ipynb #8ca3366f
 def mixture(
     rng,         # `random.Random`
     step=0,      # of training; not used
