@@ -217,7 +217,7 @@ def test_what_the_families_are():
 @families
 def test_small_ones_are_shorter(name):
     size = [fmean(len(p.question) + sum(len(s.text) for s in p.steps) for p in samples(name, 60, 5, small=small)) for small in (True, False)]
-    assert size[0] < .75 * size[1]
+    assert size[0] < .85 * size[1]
     turns = [[int(n) for p in samples(name, 60, 5, small=small) for n in re.findall("x([0-9]+)", p.question)] for small in (True, False)]
     assert max(turns[0], default=0) <= 5 and (name == "quick" or max(turns[1]) > 5)
 
@@ -256,14 +256,11 @@ def test_some_families_more_often():
 
 FIRST = {   # of the dev and test split of each family; other ones would make another benchmark
     "wide": ("a=5-5x11;b=3+9x11;c=2-9x12;d=6+8x11;e=9-2x11;f=2-6x10;g=5-3x9;abcdefg?", "a=1+3x4;b=7-5x5;c=3-2x3;abc?"),
-    "quick": ("a=3+5;b=4*a;c=6*5;d=9*c;e=c*d;f=e-2;g=f+3;h=3-1;i=6-5;j=8-8;k=4-9;l=c+9;bghijkl?",
-              "a=7*7;b=a+2;c=b*a;d=2*9;e=c-5;f=3+0;g=9+7;h=d*9;i=7*8;j=c-5;efghij?"),
+    "quick": ("a=1+8;b=a*a;c=0-b;d=1*6;e=d*6;f=4+3;g=c+0;h=4*c;efgh?", "a=6+7;b=8-6;c=6*a;d=b-b;e=b+d;f=0-e;g=e*b;cfg?"),
     "chain": ("a=2-9;b=a-1;c=b+9;d=c+8x7;d?", "a=3-5x6;b=a+8x8;c=5+9;d=b+c;e=8*9;f=d+e;g=5+5;h=f*g;i=h-9x2;j=0+4;k=i+j;k?"),
-    "mixed": ("a=1+7;b=a+9x1;c=5*0;d=9-2x1;e=6-8;f=5*1;g=5+c;h=9*b;i=c+2;j=1-0;k=j+0;l=3*e;m=b-4x9;n=7+1;o=e-8x7;dfghiklmno?",
-              "a=9+0;b=a*6;c=0+4;d=6-7;e=2+5;f=9-3x2;g=7+5x3;h=f*4;i=e-g;j=6-3x3;k=4+g;bcdhijk?"),
-    "nested": ("a=6+5x4;b=9-6x5;c=a-b;d=2+7x4;e=7-8x3;f=6+8x4;g=7-2;h=d*e;i=h+f;j=i-g;cj?",
-               "a=9-6x2;b=1+3x2;c=1*1;d=a-b;e=d*c;f=9-6x2;g=7-5x3;h=8*6;i=1-8x2;j=f*g;k=j*h;l=k*i;m=4-4x2;n=8-7x2;o=2*4;p=0+2x2;q=m+n;r=q*o;"
-               "s=r+p;els?")}
+    "mixed": ("a=3+2x3;b=9-9x4;c=2*5;d=4+1;e=d+4;f=9+8x3;abcef?", "a=5+9;b=a+2x9;c=6-3x8;d=b+1x11;e=5-3;f=5*6;g=1-2x2;h=a+8;cdefgh?"),
+    "nested": ("a=8*0;b=3+2x4;c=3+5x5;d=a+b;e=d-c;f=7+6x4;g=9+4x5;h=f*g;i=9-5x4;j=3+6x5;k=i-j;ehk?",
+               "a=9+8x10;b=9+7x10;c=3*0;d=a-b;e=d-c;f=8-9x13;g=8+6x11;h=4-6;i=f+g;j=i*h;ej?")}
 
 
 @families
