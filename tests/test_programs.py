@@ -3,6 +3,7 @@ import random
 import re
 from statistics import fmean
 
+import networkx as nx
 import pytest
 
 from threadweaver_ref.course import QUESTION
@@ -25,7 +26,7 @@ from threadweaver_ref.domains import (
 )
 from threadweaver_ref.format import Fork, check_format, render, token_counts
 from threadweaver_ref.format import parse as parse_format
-from threadweaver_ref.programs import FAMILIES, MOST_TURNS, NAMES, build, draw_loop, family, mixture, parse, programs
+from threadweaver_ref.programs import FAMILIES, MOST_TURNS, NAMES, build, by_depth, draw_loop, family, mixture, parse, programs
 from threadweaver_ref.recipes import load_recipe
 from threadweaver_ref.replay import replay, units
 from threadweaver_ref.tokenizer import char_tokenizer, encode_prompt
@@ -223,11 +224,30 @@ def test_small_ones_are_shorter(name):
 
 
 def test_a_program_of_statements():
-    "All that no other statement reads is asked for, or what is said."
+    "All that no other statement reads is asked for, or what is said. What reads nothing comes first."
     p = build(["a=1+2", "b=a*4", "c=5-6x2"], "mine")
-    assert p == parse("a=1+2;b=a*4;c=5-6x2;bc?", "mine") and build(["a=1+2", "b=a*4"], asked="a").question == "a=1+2;b=a*4;a?"
+    assert p == parse("a=1+2;b=5-6x2;c=a*4;bc?", "mine") and build(["a=1+2", "b=a*4"], asked="a").question == "a=1+2;b=a*4;a?"
+    assert build(["a=1+2", "b=a*4", "c=5-6x2"], asked="b").question == "a=1+2;b=5-6x2;c=a*4;c?"
     with pytest.raises(ValueError, match="reads 'c'"): build(["a=c+1"])
     with pytest.raises(ValueError, match="does not end in|no step"): build([])
+
+
+@families
+def test_questions_go_by_depth(name):
+    "The same graph in another order: the depth, by the layers of networkx, never falls; the names are in order."
+    for p in samples(name, 60, 9) + samples(name, 60, 9, small=True):
+        graph = nx.DiGraph([(n, s.name) for s in p.steps for n in s.needs])
+        graph.add_nodes_from(s.name for s in p.steps)
+        depth = {n: i for i, layer in enumerate(nx.topological_generations(graph)) for n in layer}
+        assert [depth[s.name] for s in p.steps] == sorted(depth.values())
+        assert "".join(s.name for s in p.steps) in NAMES + NAMES
+
+
+def test_by_depth_keeps_the_graph():
+    "Under the new names the statements are the old ones; an order by depth is left as it is."
+    old = ["c=2*3", "d=c+1", "e=4-5x2", "f=e+d", "g=8*8"]
+    assert by_depth(old, "fg") == (["c=2*3", "d=4-5x2", "e=8*8", "f=c+1", "g=d+f"], "eg")
+    assert by_depth(*by_depth(old, "fg")) == by_depth(old, "fg")
 
 
 def test_the_domain():
@@ -256,11 +276,12 @@ def test_some_families_more_often():
 
 FIRST = {   # of the dev and test split of each family; other ones would make another benchmark
     "wide": ("a=5-5x11;b=3+9x11;c=2-9x12;d=6+8x11;e=9-2x11;f=2-6x10;g=5-3x9;abcdefg?", "a=1+3x4;b=7-5x5;c=3-2x3;abc?"),
-    "quick": ("a=1+8;b=a*a;c=0-b;d=1*6;e=d*6;f=4+3;g=c+0;h=4*c;efgh?", "a=6+7;b=8-6;c=6*a;d=b-b;e=b+d;f=0-e;g=e*b;cfg?"),
-    "chain": ("a=2-9;b=a-1;c=b+9;d=c+8x7;d?", "a=3-5x6;b=a+8x8;c=5+9;d=b+c;e=8*9;f=d+e;g=5+5;h=f*g;i=h-9x2;j=0+4;k=i+j;k?"),
-    "mixed": ("a=3+2x3;b=9-9x4;c=2*5;d=4+1;e=d+4;f=9+8x3;abcef?", "a=5+9;b=a+2x9;c=6-3x8;d=b+1x11;e=5-3;f=5*6;g=1-2x2;h=a+8;cdefgh?"),
-    "nested": ("a=8*0;b=3+2x4;c=3+5x5;d=a+b;e=d-c;f=7+6x4;g=9+4x5;h=f*g;i=9-5x4;j=3+6x5;k=i-j;ehk?",
-               "a=9+8x10;b=9+7x10;c=3*0;d=a-b;e=d-c;f=8-9x13;g=8+6x11;h=4-6;i=f+g;j=i*h;ej?")}
+    "quick": ("a=1+0;b=2+2;c=a*7;d=7-b;e=c*4;f=c*4;def?", "a=6+7;b=8-6;c=6*a;d=b-b;e=b+d;f=0-e;g=e*b;cfg?"),
+    "chain": ("a=2-9;b=a-1;c=b+9;d=c+8x7;d?", "a=8+6x5;b=a*9;c=b+5x1;d=c+5;e=d-2x4;f=e*8;f?"),
+    "mixed": ("a=9+6x6;b=9-2x8;c=4+9x6;d=4-8x9;e=1*5;f=7+4;g=6+a;h=7-a;i=b-8;j=a*7;k=h*6;cdefgijk?",
+               "a=8*8;b=3*5;c=0+2x4;d=1+0;e=6+b;f=2+b;g=e*e;acdfg?"),
+    "nested": ("a=4-6x7;b=3-8x10;c=9+1;d=7+7x11;e=8+4x9;f=0+3x10;g=0+7x12;h=a+b;i=e-f;j=h*c;k=i*g;l=j-d;kl?",
+                "a=7-4x4;b=1-5x3;c=0+2x4;d=7-1x3;e=8+6x4;f=9-5x3;g=a*b;h=d+e;i=g*c;j=h-f;ij?")}
 
 
 @families
