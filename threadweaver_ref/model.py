@@ -222,7 +222,7 @@ def best_device() -> str:
 
 # %% ../nbs/10_model.ipynb #5975971c
 def load_policy(
-    path_or_name,  # a folder, a shipped name such as "schoolbook-sft", or a hub id such as "Qwen/Qwen3-0.6B"; a LoRA adapter brings its base
+    path_or_name,  # a folder, a shipped name such as "tiny-sft", or a hub id such as "Qwen/Qwen3-0.6B"; a LoRA adapter brings its base
     adapter=None,  # a LoRA adapter to put on top: a folder or a shipped name
     device=None,   # default: `best_device()`
     dtype=None,    # default: float32 on a CPU, otherwise what the checkpoint says

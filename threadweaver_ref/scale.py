@@ -38,7 +38,7 @@ from .tokenizer import char_tokenizer, encode_text
 @dataclass(frozen=True)
 class Plan:
     "How large the measurements are."
-    models: tuple = ("qwen3-0.6b", "qwen3-8b", "schoolbook-sft")   # of `steps`
+    models: tuple = ("qwen3-0.6b", "qwen3-8b", "tiny-sft")         # of `steps`
     branches: tuple = (1, 2, 4, 8, 16, 32, 64)                     # live ones, B
     prefix: int = 4096                                             # tokens that all branches share
     turns: int = 20                                                # decoding steps that are timed
@@ -49,12 +49,12 @@ class Plan:
     copy: int = 2 ** 32                                            # bytes of the bandwidth test
     packed: tuple = (8192, 16384, 40960)                           # tokens of a packed tree
     packed_model: str = "qwen3-0.6b"
-    trained: tuple = ("schoolbook-sft", "qwen3-0.6b")              # by P-GRPO
+    trained: tuple = ("tiny-sft", "qwen3-0.6b")                    # by P-GRPO
     problems: int = 16                                             # of a step of P-GRPO
     group: int = 8                                                 # rollouts of each
     longest: int = 1024                                            # sampled tokens of a rollout
 
-TINY = Plan(("schoolbook-sft",), (1, 2, 4, 8), 128, 6, (1, 4), 32, 16, 2, 2 ** 24, (512,), "tiny", ("schoolbook-sft",), 2, 4, 48)
+TINY = Plan(("tiny-sft",), (1, 2, 4, 8), 128, 6, (1, 4), 32, 16, 2, 2 ** 24, (512,), "tiny", ("tiny-sft",), 2, 4, 48)
 
 # %% ../nbs/21_scale.ipynb #6ec1c40a
 class Record:
