@@ -29,33 +29,34 @@ def run(monkeypatch, capsys):
 
 
 def test_solve_shows_trajectory_and_numbers(run):
-    code, out, _ = run("solve", "12*3+4*5?")
-    assert code == 0 and out.startswith("12*3+4*5?\n") and "\\boxed{" in out
+    code, out, _ = run("solve", "a=7+3x4;b=2+5x3;c=a+b;c?")
+    assert code == 0 and out.startswith("a=7+3x4;b=2+5x3;c=a+b;c?\n") and "\\boxed{" in out
     for word in ("token latency", "decode steps", "tokens", " s,"): assert word in out
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential", "autoregressive"])
 def test_solve_json(run, mode):
-    code, out, _ = run("solve", "--json", "--mode", mode, stdin="12*3+4*5?\n\n7*8+2*3?\n")
+    code, out, _ = run("solve", "--json", "--mode", mode, stdin="a=7+3x4;b=2+5x3;c=a+b;c?\n\na=1+2;b=3+4;c=a+b;c?\n")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [r["question"] for r in rows] == ["12*3+4*5?", "7*8+2*3?"]
+    assert code == 0 and [r["question"] for r in rows] == ["a=7+3x4;b=2+5x3;c=a+b;c?", "a=1+2;b=3+4;c=a+b;c?"]
+    assert rows[0]["answer"] == "6"
     for r in rows:
         assert r["token_latency"] <= r["total_tokens"] and r["timeline"] and r["finish_reason"] == "stop"
         assert (r["forks"] == 0) or mode == "parallel"
 
 
 def test_solve_reads_a_file(run, tmp_path):
-    (tmp_path / "q.txt").write_text("12*3+4*5?\n")
+    (tmp_path / "q.txt").write_text("a=7+3x4;b=2+5x3;c=a+b;c?\n")
     code, out, _ = run("solve", "--json", "--file", str(tmp_path / "q.txt"))
-    assert code == 0 and json.loads(out)["question"] == "12*3+4*5?"
+    assert code == 0 and json.loads(out)["question"] == "a=7+3x4;b=2+5x3;c=a+b;c?"
 
 
 @pytest.mark.parametrize("args, names", [
-    (["solve", "1*2+3*4?", "--mode", "quick"], ["quick", "parallel", "sequential", "autoregressive"]),
-    (["solve", "1*2+3*4?", "--policy", "nobody"], ["nobody", "schoolbook-sft"]),
+    (["solve", "a=1+2;b=3+4;c=a+b;c?", "--mode", "quick"], ["quick", "parallel", "sequential", "autoregressive"]),
+    (["solve", "a=1+2;b=3+4;c=a+b;c?", "--policy", "nobody"], ["nobody", "schoolbook-sft"]),
     (["solve"], ["no question"]),
     (["solve", "--file", "/no/such/file"], ["/no/such/file"]),
-    (["solve", "1*2+3*4?", "--file", "questions.txt"], ["--file", "not both"]),
+    (["solve", "a=1+2;b=3+4;c=a+b;c?", "--file", "questions.txt"], ["--file", "not both"]),
     (["solve", "-", "--file", "questions.txt"], ["--file", "not both"]),
     (["solve", "7*8\udcff?"], ["the question is not UTF-8", "udcff"]),
     (["train", "giant"], ["giant", "schoolbook-base", "schoolbook-sft"]),
@@ -108,7 +109,7 @@ def test_warnings_are_shown_once(run, monkeypatch):
     monkeypatch.setattr("threadweaver_ref.decode.generate", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        code, out, err = run("solve", "--json", stdin="1*2+3*4?\n2*3+4*5?\n")
+        code, out, err = run("solve", "--json", stdin="a=7+3x4;b=2+5x3;c=a+b;c?\na=1+2;b=3+4;c=a+b;c?\n")
     assert code == 0 and err == "warning: 'abc?' is no sum\nwarning: the window is small\n"
     assert [json.loads(line)["warnings"] for line in out.splitlines()] == [["'abc?' is no sum"]] * 2
 

@@ -12,7 +12,7 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Adaptive parallel reasoning: fork, decode in one batch, join, answer.")
-POLICY, DOMAIN = "schoolbook-sft", "programs"
+POLICY, DOMAIN = "tiny-sft", "programs"
 
 
 def _lines(nodes, indent=""):
@@ -54,7 +54,7 @@ def _questions(question, file):
 
 @app.command()
 def solve(
-    question: Optional[str] = typer.Argument(None, help='such as "347*6+58*9?"; "-" or nothing: read standard input. '
+    question: Optional[str] = typer.Argument(None, help='such as "a=7+3x4;b=2+5x3;c=a+b;c?"; "-" or nothing: read standard input. '
                                             'Options first, then -- before a question that begins with "-": solve --json -- "-5*3+7?"'),
     file: Optional[Path] = typer.Option(None, help="a file with one question a line"),
     mode: str = typer.Option("parallel", help="parallel, sequential or autoregressive"),
@@ -175,7 +175,7 @@ def _save(path, result): path.write_text(json.dumps(result, indent=1) + "\n")
 
 @app.command()
 def train(
-    name: str = typer.Argument(..., help="a recipe: schoolbook-base, schoolbook-sft, schoolbook-rl, or the path of a .yaml file"),
+    name: str = typer.Argument(..., help="a recipe of data/recipes, such as tiny-sft, or the path of a .yaml file"),
     out: Optional[Path] = typer.Option(None, help="folder for the policy; default runs/NAME/policy"),
     runs: Path = typer.Option(Path("runs"), help="checkpoints and logs; a stopped run continues from there"),
     steps: Optional[int] = typer.Option(None, help="fewer or more optimiser steps than the recipe", min=1),
