@@ -184,9 +184,12 @@ def test_demo_writes_picture_and_numbers(run, tmp_path, little):
     assert code == 0 and (tmp_path / "timeline.png").stat().st_size > 1000 and [*result["reports"]] == ["sequential", "parallel"]
     for rows in result["reports"].values():
         assert [r["family"] for r in rows] == ["sums", "chain", "sums", "chain", "sums"] and len({r["question"] for r in rows}) == 5
-    assert result["shown"]["question"] in {r["question"] for r in rows if r["family"] == "sums"} and result["command"].endswith("--domain little")
-    assert "join" in out and "token latency" in out and "speedup over sequential" in out and "schoolbook-sft, parallel mode, by family:" in out
-    assert "warning" not in out.lower() and str(tmp_path) not in json.dumps({k: v for k, v in result.items() if k != "shown"})
+    before, after = result["race"].values()
+    assert before["question"] == after["question"] in {r["question"] for r in rows if r["family"] == "sums"} and result["command"].endswith("--domain little")
+    assert [*result["race"]] == ["without forks", "with forks"] and before["forks"] == 0 < after["forks"] and before["seconds"] > 0
+    for words in ("with forks     fork: 1:", "with forks: answer: ", "token latency", "speedup over sequential", "schoolbook-sft, parallel mode, by family:"):
+        assert words in out
+    assert "warning" not in out.lower() and str(tmp_path) not in json.dumps(result)
 
 
 @pytest.fixture

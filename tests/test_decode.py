@@ -1,5 +1,6 @@
 """Batched branch decoding: against a plain loop without cache, against the text, among neighbours, and under nonsense."""
 import copy
+import dataclasses
 import functools
 import inspect
 import random
@@ -230,6 +231,28 @@ def test_the_window_is_the_models_own():
     assert r.finish_reason == "length" and r.tree.end(len(r.tree) - 1) == 30
 
 
+# ---- width under load
+
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("lanes", [1, 2, 3, 7, 1000])
+def test_waiting_for_a_lane_changes_no_token(join, lanes, monkeypatch):
+    "Only when it is written. Lanes are never more than allowed, and every problem has one; where enough are free, none waits."
+    model, seen, step = tiny("Qwen3", char), [], reader.Reader.step
+    def spy(self, rows):
+        seen.append([len(row.live) for row in rows])
+        return step(self, rows)
+    monkeypatch.setattr(reader.Reader, "step", spy)
+    asked = questions(random.Random(lanes), 9)
+    config = DecodeConfig(join=join, hook=Script(char, random_plan), batch=3, limits=Limits(max_tokens=400, max_thread_tokens=60), temperature=1.0)
+    free = generate(model, char, asked, config)
+    widest, seen[:] = max(map(sum, seen)), []
+    held = generate(model, char, asked, dataclasses.replace(config, max_lanes=lanes))
+    assert widest > 3 and all(map(same, free, held)) and all(min(row) > 0 for row in seen)
+    assert max(map(sum, seen)) == min(lanes, widest)
+    steps = [sum(r.decode_steps for r in rollouts) for rollouts in (free, held)]
+    assert steps[0] == steps[1] if lanes == 1000 else steps[0] < steps[1] if lanes < 3 else steps[0] <= steps[1]
+
+
 # ---- stragglers
 
 def test_a_deadline_closes_what_is_late():
@@ -384,7 +407,7 @@ def test_counts_against_the_text():
 
 
 @pytest.mark.parametrize("join", JOINS)
-@pytest.mark.parametrize("options", [dict(), dict(deadline=9), dict(window=60)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(deadline=9), dict(window=60), dict(max_lanes=3)], ids=str)
 def test_nonsense_with_every_join(join, options):
     "Every rollout ends within its limits, as it would alone, and its logprobs are those of its tree."
     model = tiny("Qwen3", char, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, head_dim=8, intermediate_size=16)

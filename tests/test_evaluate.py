@@ -2,6 +2,7 @@
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,8 @@ from threadweaver_ref import evaluate as room
 from threadweaver_ref.checkpoint import digest
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.domains import Grouped, Problem, WheneverReady, split_problems
-from threadweaver_ref.evaluate import evaluate, evaluate_all, in_turn, problem_row, provenance, public_path, rollout_data, time_all
+from threadweaver_ref.evaluate import (evaluate, evaluate_all, in_turn, problem_row, provenance, public_path, rollout_data, self_consistency,
+                                       time_all)
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.programs import parse
 from threadweaver_ref.replay import replay
@@ -265,3 +267,14 @@ def test_any_tokenizer_measures():
     for row, problem in zip(report.rows, problems, strict=True):
         assert row.items() >= schedule_latencies(problem, text_length(bpe)).items()
         assert row["never"] != schedule_latencies(problem, text_length(CHAR))["never"]
+
+
+def test_a_baseline_is_measured_like_a_policy_and_told_apart(tmp_path):
+    "Its config says how it samples; a file of plain decoding is not continued by a baseline."
+    config, out = DecodeConfig("sequential", temperature=1.0, batch=2, limits=Limits(max_tokens=5)), tmp_path / "a.jsonl"
+    report = run(out, config=config, answer=partial(self_consistency, n=3))
+    assert report.about["settings"]["answer"] == "self_consistency(n=3)"
+    alone = [self_consistency(MODEL, CHAR, [p.question], config, n=3)[0] for p in PROBLEMS]
+    assert [r["total_tokens"] for r in report.rows] == [r.total_tokens for r in alone] and report.rows[0]["total_tokens"] > 5
+    for other in (None, partial(self_consistency, n=4)):
+        with pytest.raises(ValueError, match="another report"): run(out, config=config, answer=other)

@@ -64,6 +64,14 @@ def test_controls_differ_in_arrangement_or_join_alone(name):
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("name", ["mini-base", "mini-sft", "small-base", "small-sft"])
+def test_the_ladder_differs_in_size_alone(name):
+    size, stage = name.split("-")
+    one, other = load_recipe(f"tiny-{stage}"), load_recipe(name)
+    said = [{f.name: describe(getattr(r, f.name)) for f in fields(r) if f.name not in ("name", "start")} for r in (one, other)]
+    assert said[0] == said[1] and (one.start, other.start) == (("tiny", size) if stage == "base" else ("tiny-base", f"{size}-base"))
+
+
 @pytest.mark.parametrize("name", sorted({"tiny-rl-eq7", "tiny-rl-sequential"} & set(recipes())))
 def test_twins_of_the_trained_policy_are_trained_as_long(name):
     one, other = load_recipe("tiny-rl"), load_recipe(name)

@@ -80,42 +80,43 @@ def solve(
         else: typer.echo("\n".join([r.question, *_lines(r.trajectory), _summary(r)]) + "\n")
 
 
-def _summary(r):
+def _summary(r, seconds=None):
     "The last lines of an answer."
     errors = "".join(f"\nerror: {e}" for e in r.errors)
     return (f"answer: {r.answer}   token latency {r.token_latency}, tokens {r.total_tokens}, decode steps {r.decode_steps}, "
-            f"{r.seconds:.2f} s, finished: {r.finish_reason}{errors}")
+            f"{r.seconds if seconds is None else seconds:.2f} s, finished: {r.finish_reason}{errors}")
 
 
 @app.command()
 def demo(
-    problems: int = typer.Option(60, help="development problems, a share from every family", min=5),
+    problems: int = typer.Option(64, help="development problems, a share from every family", min=5),
     policy: str = typer.Option(POLICY),
     domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
     out: Path = typer.Option(Path("demo"), help="folder for timeline.png and demo.json"),
 ):
-    "The main job: development problems solved sequentially and in parallel, one at a time, compared; one shown whole."
+    "The main job: a race with and without forks on a wide problem; then development problems in both modes, one at a time, compared."
     import matplotlib
     matplotlib.use("Agg")
-    from threadweaver_ref.decode import DecodeConfig, generate
-    from threadweaver_ref.domains import families_of, split_problems
+    from threadweaver_ref.decode import DecodeConfig
+    from threadweaver_ref.domains import best_flat, families_of, split_problems
     from threadweaver_ref.draw import show_timeline
     from threadweaver_ref.evaluate import evaluate, provenance, public_path, rollout_data
     from threadweaver_ref.model import load_policy
+    from threadweaver_ref.race import race
     from threadweaver_ref.report import plain_table, reports_table
     _writable(out / "demo.json")
     model, tokenizer = load_policy(policy)
     found = split_problems(domain, "dev", -(-problems // len(families_of(domain))))
     chosen = [p for ps in zip(*found.values()) for p in ps][:problems]
+    sides = race(model, tokenizer, max(chosen, key=lambda p: best_flat(p).sequential / best_flat(p).best if p.steps else 0).question)
+    for s in sides: typer.echo(f"{s.name}: {_summary(s.rollout, s.seconds)}")
     reports = {mode: evaluate(model, tokenizer, chosen, DecodeConfig(mode, batch=1)) for mode in ("sequential", "parallel")}
-    widest = max(reports["parallel"].rows, key=lambda r: (r["correct"], r["width"], -r["token_latency"]))
-    shown, = generate(model, tokenizer, [widest["question"]], DecodeConfig(batch=1))
-    typer.echo("\none of them, whole:\n\n" + "\n".join([shown.question, *_lines(shown.trajectory), _summary(shown)]))
     typer.echo(f"\n{public_path(policy)}, parallel mode, by family:\n\n{plain_table(reports['parallel'].table())}")
     typer.echo(f"\nboth modes, one problem at a time:\n\n{plain_table(reports_table(reports, 'sequential'))}\n")
-    show_timeline(shown).figure.savefig(out / "timeline.png", dpi=120)
+    show_timeline(sides[1].rollout).figure.savefig(out / "timeline.png", dpi=120)
     about = provenance(f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)} --domain {domain}", seed=0)
-    _save(out / "demo.json", {**about, "reports": {mode: r.rows for mode, r in reports.items()}, "shown": rollout_data(shown)})
+    _save(out / "demo.json", {**about, "reports": {mode: r.rows for mode, r in reports.items()},
+                             "race": {s.name: {**rollout_data(s.rollout), "seconds": s.seconds} for s in sides}})
     typer.echo(f"saved {out}/timeline.png and {out}/demo.json")
 
 

@@ -84,7 +84,7 @@ def run(self:Decoder, questions, seeds, progress=False) -> list:
 @patch
 def _admit(self:Decoder):
     "Fill free rows of the cache with waiting questions."
-    while self.waiting and len(self.rows) < self.reader.cache.rows:
+    while self.waiting and len(self.rows) < self.reader.cache.rows and self._free > 0:
         (index, question, prompt, seed), config = self.waiting.pop(), self.config
         machine = ForkJoin(prompt, self.tokenizer, config.join, config.limits, config.mode, self.stops)
         self.rows.append(Row(len(self.rows), index, question, machine, seed, self.window))
@@ -104,12 +104,31 @@ def _retire(self:Decoder) -> list:
 @patch
 def _start(self:Decoder):
     "Prefill what newly ready branches need, and write their first tokens. Repeats while that makes others ready."
-    while readings := [row.reading(new) for row in self.rows if (new := row.starting())]:
+    while readings := [row.reading(new) for row, new in self._starting()]:
         groups = {}
         for reading in readings: groups.setdefault(len(reading).bit_length(), []).append(reading)
         for group in groups.values():
             logits = self.reader.prefill(group)   # (B, V)
             self._write([pair for reading in group for pair in self._open(reading)], logits)
+
+# %% ../nbs/13_decode.ipynb #9f03d7eb
+@patch(as_prop=True)
+def _free(self:Decoder):
+    "Lanes to spare; every problem in the batch has one."
+    if self.config.max_lanes is None: return float("inf")
+    return self.config.max_lanes - sum(max(1, len(row.live)) for row in self.rows if not row.machine.done)
+
+@patch
+def _starting(self:Decoder) -> list:
+    "(row, branches) that start now: all that are ready, or as many as there is room for."
+    ready = [(row, new) for row in self.rows if (new := row.starting())]
+    free, found = self._free, []
+    for row, new in ready:
+        own = int(not row.live)   # the lane that is the problem's in any case
+        more = min(free, len(new) - own)
+        free -= more
+        found.append((row, new[:own + more]))
+    return [(row, new) for row, new in found if new]
 
 # %% ../nbs/13_decode.ipynb #12504fd8
 @patch

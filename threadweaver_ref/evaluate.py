@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['problem_row', 'evaluate', 'evaluate_all', 'in_turn', 'time_all', 'rollout_data', 'public_path', 'policy_name',
            'provenance', 'Report', 'arranged', 'average', 'bootstrap', 'read_lines', 'read_report', 'reports_table',
-           'schedule_latencies', 'times_faster', 'wilson']
+           'schedule_latencies', 'times_faster', 'wilson', 'best_of_n', 'consensus_stop', 'decompose', 'fixed_fork',
+           'random_fork', 'self_consistency', 'tree_of_thoughts']
 
 # %% ../nbs/20_evaluate.ipynb #8c7bc063
 import datetime
@@ -23,7 +24,9 @@ import transformers
 from tqdm.auto import tqdm
 
 import threadweaver_ref
-from .checkpoint import digest, settings_of
+from .baselines import (best_of_n, consensus_stop, decompose, fixed_fork, random_fork, self_consistency,
+                                        tree_of_thoughts)
+from .checkpoint import describe, digest, settings_of
 from .decode import DecodeConfig, default_seeds, generate
 from .domains import grade, write_rows
 from .joins import reprefilled
@@ -33,7 +36,8 @@ from .rollout import all_forks
 from .tokenizer import control_ids
 
 _all_ = ["Report", "arranged", "average", "bootstrap", "read_lines", "read_report", "reports_table", "schedule_latencies", "times_faster",
-         "wilson"]   # of the room above
+         "wilson", "best_of_n", "consensus_stop", "decompose", "fixed_fork", "random_fork", "self_consistency",
+         "tree_of_thoughts"]   # of the rooms above
 
 # %% ../nbs/20_evaluate.ipynb #7d07a9de
 def problem_row(rollout, problem, schedules, seconds, control) -> dict:
@@ -48,15 +52,17 @@ def problem_row(rollout, problem, schedules, seconds, control) -> dict:
 def _continued(out, about):
     "The rows that are there already; the file is left with whole lines. Raises `ValueError` for a report of something else."
     found = read_report(out) if Path(out).exists() and Path(out).stat().st_size else Report([], about)
-    if other := [k for k, v in about["settings"].items() if found.about["settings"].get(k) != v]:
+    ours, there = about["settings"], found.about["settings"]
+    if other := [k for k in {**ours, **there} if ours.get(k) != there.get(k)]:
         raise ValueError(f"{out} holds another report, its {other[0]} differs: choose another file, or remove it")
     write_rows(out, [found.about, *found.rows])
     return found
 
 # %% ../nbs/20_evaluate.ipynb #5242b8a0
-def _settings(model, problems, config):
+def _settings(model, problems, config, answer):
     questions = hashlib.sha256("\n".join(p.question for p in problems).encode()).hexdigest()[:16]
-    return {**settings_of(config), "policy": digest(model)[:16], "problems": f"{len(problems)} {questions}"}
+    known = {**settings_of(config), "policy": digest(model)[:16], "problems": f"{len(problems)} {questions}"}
+    return known if answer is None else {**known, "answer": describe(answer)}
 
 def evaluate(
     model,
@@ -66,14 +72,16 @@ def evaluate(
     out=None,               # a `.jsonl` file: rows are kept there, and a stopped run goes on
     about=None,             # a dict for its first line, such as `provenance` gives
     progress=True,
+    answer=None,            # a baseline: f(model, tokenizer, questions, config) -> rollouts; default: plain decoding
 ) -> Report:
     "Answer every problem. `seconds` of a row: of its batch, divided by the problems in it. Raises `ValueError` for a file that holds another report."
-    about = json.loads(json.dumps({**(about or {}), "settings": _settings(model, problems, config)}))
+    about = json.loads(json.dumps({**(about or {}), "settings": _settings(model, problems, config, answer)}))
     report = _continued(out, about) if out else Report([], about)
     seeds, length, control = default_seeds(config.seed, [p.question for p in problems]), text_length(tokenizer), control_ids(tokenizer)
     for at in tqdm(range(len(report.rows), len(problems), config.batch), desc=config.mode, disable=not progress, leave=False):
         some, began = problems[at:at + config.batch], time.perf_counter()
-        rollouts = generate(model, tokenizer, [p.question for p in some], config, seeds[at:at + config.batch])
+        how = (config,) if answer else (config, seeds[at:at + config.batch])
+        rollouts = (answer or generate)(model, tokenizer, [p.question for p in some], *how)
         seconds = (time.perf_counter() - began) / len(some)
         rows = [problem_row(r, p, schedule_latencies(p, length), seconds, control) for r, p in zip(rollouts, some, strict=True)]
         if out: _append(out, rows)

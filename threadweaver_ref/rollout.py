@@ -37,6 +37,7 @@ class DecodeConfig:
     window: int | None = None    # no token stands at this position or behind; at most what the model was made for, which is the default
     deadline: int | None = None  # decoding steps; then the unfinished threads of a fork are closed and joined as they stand
     batch: int = 64              # problems decoded at the same time
+    max_lanes: int | None = None # branches decoded at the same time, of all problems; others wait their turn
     hook: Callable | None = None # f(branch, ids so far, logits (V,)) -> logits (or None: they were changed in place), before the choice
 
     def __post_init__(self):
@@ -46,8 +47,9 @@ class DecodeConfig:
             raise ValueError(f"temperature={self.temperature}: must be 0 (greedy), or at least 0.001 and finite")
         if not 0 < self.top_p <= 1: raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
         if self.top_k < 0: raise ValueError(f"top_k={self.top_k}: must not be negative")
-        for f in ("batch", "deadline", "window"):
+        for f in ("batch", "max_lanes", "deadline", "window"):
             if getattr(self, f) is not None and getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
+        if self.deadline and self.max_lanes: raise ValueError("deadline and max_lanes: choose one, since who waits may be late")
 
 # %% ../nbs/12b_rollout.ipynb #6ea5982d
 @dataclass
