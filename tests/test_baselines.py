@@ -7,7 +7,7 @@ import pytest
 from helpers import tiny
 
 from threadweaver_ref import baselines as room
-from threadweaver_ref.baselines import (SAMPLED, FixedFork, RandomFork, best_of_n, consensus_stop, decompose, fixed_fork, random_fork, samples,
+from threadweaver_ref.baselines import (SAMPLED, FixedFork, Line, RandomFork, best_of_n, consensus_stop, decompose, fixed_fork, random_fork, samples,
                                         self_consistency, tree_of_thoughts)
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
@@ -111,6 +111,10 @@ def test_the_likeliest_line_stays_and_all_is_paid_for(monkeypatch):
     assert found.token_latency == 4 + 4 + last[0].token_latency and found.total_tokens == 3 * 4 + 6 * 4 + last[0].total_tokens
 
 
+def test_a_line_is_judged_by_its_mean_log_probability():
+    assert Line([], logprob=-4.0, tokens=8).value == -.5 and Line([]).value == 0
+
+
 # ---- forks that the model does not choose
 
 @pytest.mark.parametrize("k", [2, 3, 5])
@@ -136,7 +140,8 @@ def test_random_forks_begin_where_steps_do_and_are_no_neighbours_business(policy
     half = random_fork(*policy, QUESTIONS, p=.5)
     assert [r.text for r in half] == [random_fork(*policy, [q], p=.5)[0].text for q in QUESTIONS]
     seeds = {random_fork(*policy, QUESTIONS[:1], DecodeConfig(seed=s), p=.5)[0].text for s in range(6)}
-    assert len(seeds) > 1
+    assert len(seeds) > 1 and any(t.startswith("<Parallel>") and "</Parallel><Parallel>" not in t for t in seeds)   # a new coin behind a join
+    assert not any("<Parallel>" in t.split("</Outlines>")[1].split("</Parallel>")[0] for t in seeds if "</Outlines>" in t)   # threads do not fork
 
 
 def test_hooks_can_be_named_in_a_config():

@@ -155,7 +155,7 @@ class FixedFork:
 # %% ../nbs/19c_baselines.ipynb #bc4690bc
 @dataclass(frozen=True)
 class RandomFork:
-    "A hook: where a step begins, a coin decides whether a fork begins. Elsewhere nothing changes."
+    "A hook: where a step of the main thread begins, a coin decides whether a fork begins. Threads do not fork."
     tokenizer: object
     p: float = 0.5     # of a fork
     seed: int = 0
@@ -163,8 +163,9 @@ class RandomFork:
 
     def __call__(self, branch, ids, logits):
         written, opening = branch.tail + ids, control_ids(self.tokenizer)["<Parallel>"]
+        if branch.path: return _without(logits, [opening])
         if written and not self.tokenizer.decode(written[-1:]).endswith(self.ends): return logits
-        key = stream_key((self.seed, branch.machine.tree.ids[0]), (*branch.path, branch.forks))
+        key = stream_key((self.seed, branch.machine.tree.ids[0]), (branch.forks,))
         coin = uniforms(torch.tensor([key]), torch.tensor([len(written)])).item()   # of the question and the place alone
         return _only(logits, opening) if coin < self.p else _without(logits, [opening])
 

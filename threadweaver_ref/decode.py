@@ -116,7 +116,7 @@ def _start(self:Decoder):
 def _free(self:Decoder):
     "Lanes to spare; every problem in the batch has one."
     if self.config.max_lanes is None: return float("inf")
-    return self.config.max_lanes - sum(max(1, len(row.live)) for row in self.rows if not row.machine.done)
+    return self.config.max_lanes - sum(max(1, len(row.live)) for row in self.rows)
 
 @patch
 def _starting(self:Decoder) -> list:
