@@ -9,7 +9,7 @@ from test_decode import Script, block, deep_plan, random_plan
 
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
-from threadweaver_ref.race import Side, panes, picture, race, race_until, seen, starters
+from threadweaver_ref.race import Side, panes, picture, race, seen, starters
 from threadweaver_ref.tokenizer import char_tokenizer, encode_text
 
 CHAR = char_tokenizer()
@@ -113,9 +113,14 @@ def test_markup_in_a_question_is_text():
         assert "[red]a[/red]" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
 
 
-def test_a_picture_of_a_moment(tmp_path):
-    both = race_until(MODEL, CHAR, QUESTION, .05, CONFIG)
-    assert all(s.seconds >= .05 or s.rollout for s in both)
-    picture(both, tmp_path / "race.svg")
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_picture_of_the_moment_when_the_first_has_finished(tmp_path, terminal):
+    moments = []
+    def take(both):
+        moments.append([bool(s.rollout) for s in both])
+        picture(both, tmp_path / "race.svg")
+        return both   # whatever it gives back, it is called once
+    race(MODEL, CHAR, QUESTION, screen(force_terminal=terminal), CONFIG, on_first=take)
+    assert len(moments) == 1 and sorted(moments[0]) == [False, True]
     svg = (tmp_path / "race.svg").read_text()
     assert svg.startswith("<svg") and "without" in svg

@@ -92,7 +92,7 @@ def demo(
     problems: int = typer.Option(64, help="development problems, a share from every family", min=5),
     policy: str = typer.Option(POLICY),
     domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
-    out: Path = typer.Option(Path("demo"), help="folder for timeline.png and demo.json"),
+    out: Path = typer.Option(Path("demo"), help="folder for race.svg, timeline.png and demo.json"),
 ):
     "The main job: a race with and without forks on a wide problem; then development problems in both modes, one at a time, compared."
     import matplotlib
@@ -102,13 +102,14 @@ def demo(
     from threadweaver_ref.draw import show_timeline
     from threadweaver_ref.evaluate import evaluate, provenance, public_path, rollout_data
     from threadweaver_ref.model import load_policy
-    from threadweaver_ref.race import race
+    from threadweaver_ref.race import picture, race
     from threadweaver_ref.report import plain_table, reports_table
     _writable(out / "demo.json")
     model, tokenizer = load_policy(policy)
     found = split_problems(domain, "dev", -(-problems // len(families_of(domain))))
     chosen = [p for ps in zip(*found.values()) for p in ps][:problems]
-    sides = race(model, tokenizer, max(chosen, key=lambda p: best_flat(p).sequential / best_flat(p).best if p.steps else 0).question)
+    widest = max(chosen, key=lambda p: best_flat(p).sequential / best_flat(p).best if p.steps else 0)
+    sides = race(model, tokenizer, widest.question, on_first=lambda sides: picture(sides, out / "race.svg"))
     for s in sides: typer.echo(f"{s.name}: {_summary(s.rollout, s.seconds)}")
     reports = {mode: evaluate(model, tokenizer, chosen, DecodeConfig(mode, batch=1)) for mode in ("sequential", "parallel")}
     typer.echo(f"\n{public_path(policy)}, parallel mode, by family:\n\n{plain_table(reports['parallel'].table())}")
@@ -117,7 +118,7 @@ def demo(
     about = provenance(f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)} --domain {domain}", seed=0)
     _save(out / "demo.json", {**about, "reports": {mode: r.rows for mode, r in reports.items()},
                              "race": {s.name: {**rollout_data(s.rollout), "seconds": s.seconds} for s in sides}})
-    typer.echo(f"saved {out}/timeline.png and {out}/demo.json")
+    typer.echo(f"saved {out}/race.svg, {out}/timeline.png and {out}/demo.json")
 
 
 @app.command()
