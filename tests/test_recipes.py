@@ -193,7 +193,7 @@ def test_train_command_saves_a_plain_policy(tmp_path, monkeypatch):
 def test_a_wrong_name_is_one_line(capsys, monkeypatch):
     assert command(monkeypatch, "schoolbook-sff", "--processes", 2) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "unknown recipe 'schoolbook-sff': choose one of schoolbook-base" in err
+    assert err.count("\n") == 1 and "unknown recipe 'schoolbook-sff': choose one of mini-base" in err
 
 
 # ---- the speed-up against the frozen start

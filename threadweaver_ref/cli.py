@@ -81,7 +81,6 @@ def solve(
 
 
 def _summary(r, seconds=None):
-    "The last lines of an answer."
     errors = "".join(f"\nerror: {e}" for e in r.errors)
     return (f"answer: {r.answer}   token latency {r.token_latency}, tokens {r.total_tokens}, decode steps {r.decode_steps}, "
             f"{r.seconds if seconds is None else seconds:.2f} s, finished: {r.finish_reason}{errors}")
@@ -106,8 +105,7 @@ def demo(
     from threadweaver_ref.report import plain_table, reports_table
     _writable(out / "demo.json")
     model, tokenizer = load_policy(policy)
-    found = split_problems(domain, "dev", -(-problems // len(families_of(domain))))
-    chosen = [p for ps in zip(*found.values()) for p in ps][:problems]
+    chosen = [p for ps in zip(*split_problems(domain, "dev", -(-problems // len(families_of(domain)))).values()) for p in ps][:problems]
     widest = max(chosen, key=lambda p: best_flat(p).sequential / best_flat(p).best if p.steps else 0)
     sides = race(model, tokenizer, widest.question, on_first=lambda sides: picture(sides, out / "race.svg"))
     for s in sides: typer.echo(f"{s.name}: {_summary(s.rollout, s.seconds)}")
@@ -116,8 +114,8 @@ def demo(
     typer.echo(f"\nboth modes, one problem at a time:\n\n{plain_table(reports_table(reports, 'sequential'))}\n")
     show_timeline(sides[1].rollout).figure.savefig(out / "timeline.png", dpi=120)
     about = provenance(f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)} --domain {domain}", seed=0)
-    _save(out / "demo.json", {**about, "reports": {mode: r.rows for mode, r in reports.items()},
-                             "race": {s.name: {**rollout_data(s.rollout), "seconds": s.seconds} for s in sides}})
+    raced = {s.name: {**rollout_data(s.rollout), "seconds": s.seconds} for s in sides}
+    _save(out / "demo.json", {**about, "reports": {mode: r.rows for mode, r in reports.items()}, "race": raced})
     typer.echo(f"saved {out}/race.svg, {out}/timeline.png and {out}/demo.json")
 
 
