@@ -7,8 +7,8 @@ import pytest
 from helpers import tiny
 
 from threadweaver_ref import baselines as room
-from threadweaver_ref.baselines import (SAMPLED, FixedFork, Line, RandomFork, best_of_n, consensus_stop, decompose, fixed_fork, random_fork, samples,
-                                        self_consistency, tree_of_thoughts)
+from threadweaver_ref.baselines import (SAMPLED, FixedFork, RandomFork, Thought, best_of_n, consensus_stop, decompose, fixed_fork, random_fork,
+                                        samples, self_consistency, tree_of_thoughts)
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.model import load_policy
@@ -77,6 +77,8 @@ def test_a_consensus_stops_all_samples(monkeypatch):
     (lambda: tree_of_thoughts(MODEL, CHAR, QUESTIONS, depth=0), "must be at least 1"),
     (lambda: fixed_fork(MODEL, CHAR, QUESTIONS, k=1), "k=1"),
     (lambda: random_fork(MODEL, CHAR, QUESTIONS, p=2), "p=2"),
+    (lambda: fixed_fork(MODEL, CHAR, QUESTIONS, SAMPLED), "mode='sequential': nothing forks in it"),
+    (lambda: random_fork(MODEL, CHAR, QUESTIONS, SAMPLED), "mode='sequential': nothing forks in it"),
 ])
 def test_refused_in_one_line(call, says):
     with pytest.raises(ValueError, match=says): call()
@@ -109,10 +111,11 @@ def test_the_likeliest_line_stays_and_all_is_paid_for(monkeypatch):
         whole[before.text + r.text] = float(before.logprobs.sum() + r.logprobs.sum()) / 8
     assert found.text == max(whole, key=whole.get) + last[0].text
     assert found.token_latency == 4 + 4 + last[0].token_latency and found.total_tokens == 3 * 4 + 6 * 4 + last[0].total_tokens
+    assert found.seconds == sum(max(r.seconds for r in stage) for stage in seen)
 
 
 def test_a_line_is_judged_by_its_mean_log_probability():
-    assert Line([], logprob=-4.0, tokens=8).value == -.5 and Line([]).value == 0
+    assert Thought([], logprob=-4.0, tokens=8).value == -.5 and Thought([]).value == 0
 
 
 # ---- forks that the model does not choose
