@@ -58,7 +58,7 @@ def run(folder=None, steps=4, own=False, paid=None, **options):
 BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
        (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(attention="flex"), "dense"),
        (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"),
-       (dict(weight_decay=-1.0), "below 0"), (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
+       (dict(weight_decay=-1.0), "below 0"), (dict(temperature=0.0), "at least 0.001"), (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
 
 @pytest.mark.parametrize("bad, message", BAD)
 def test_bad_settings(bad, message):
@@ -68,17 +68,17 @@ def test_bad_settings(bad, message):
 def test_defaults_are_the_ones_written_down():
     assert asdict(PGRPOConfig()) == dict(
         asdict(TrainConfig()), steps=100, batch=16, weight_decay=0.0, save_every=25, mixed_precision="no", group=8, mode="parallel",
-        limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)), normalize="mean")
+        temperature=1.0, limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)), normalize="mean")
 
 
 def test_settings_of_rollouts_arrive(monkeypatch):
-    "Temperature 1 and nothing left out, join, mode and limits as asked for; new seeds in every step."
+    "Temperature, join, mode and limits as asked for, and nothing left out; new seeds in every step."
     (model, tokenizer), decoded, chosen = learner(), spied(monkeypatch, pgrpo, "generate"), spied(monkeypatch, pgrpo, "step_problems")
-    config = PGRPOConfig(steps=3, batch=2, group=3, mode="autoregressive", join="result", chat=False, limits=Limits(11, 7), seed=4)
+    config = PGRPOConfig(steps=3, batch=2, group=3, mode="autoregressive", join="result", chat=False, limits=Limits(11, 7), temperature=.7, seed=4)
     texts = train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM, sum_of_products([(7, 8)])], config, lively)
     assert len(texts) == len(decoded) == 3
     for (_, _, questions, decoding, seeds), _ in decoded:
-        assert decoding == DecodeConfig("autoregressive", "result", 1.0, limits=Limits(11, 7), chat=False)
+        assert decoding == DecodeConfig("autoregressive", "result", .7, limits=Limits(11, 7), chat=False)
         assert len(questions) == 6 == 3 + questions.count(PROBLEM.question)
         assert len(set(map(str, seeds))) == 6
     assert len({str(seed) for (*_, seeds), _ in decoded for seed in seeds}) == 18
@@ -131,8 +131,8 @@ def test_banned_ids_have_no_share():
 def seen_scores(monkeypatch):
     "What an update asks `tree_logprobs` for, and gets: [(batch, banned, logprobs, was dropout on?), ...]."
     found, scored = [], train.tree_logprobs
-    def spy(model, batch, banned=()):
-        found.append((batch, list(banned), scored(model, batch, banned), model.training))
+    def spy(model, batch, banned=(), temperature=1.0):
+        found.append((batch, list(banned), scored(model, batch, banned, temperature), model.training))
         return found[-1][2]
     monkeypatch.setattr(train, "tree_logprobs", spy)
     return found
@@ -179,21 +179,23 @@ def test_dropout_is_off_while_scoring(monkeypatch, adapted):
 
 # ---- one step
 
-def slow_step(model, rollouts, advantages):
-    "Equation 4 by hand: every sampled span behind all that it sees, through the plain model; over all tokens, those without an advantage too."
+def slow_step(model, rollouts, advantages, temperature=1.0):
+    "Equation 4 by hand: every sampled span behind all that it sees, through the plain model at the sampling temperature; over all tokens, those without an advantage too."
     total, count = 0, 0
     for r, advantage in zip(rollouts, advantages):
         for s in (s for s in range(len(r.tree)) if r.tree.sampled[s]):
             line, n = r.tree.path_ids(s), len(r.tree.ids[s])
-            own = model(torch.tensor([line]), use_cache=False).logits[0, -n - 1:-1].log_softmax(-1)
+            own = model(torch.tensor([line]), use_cache=False).logits[0, -n - 1:-1].div(temperature).log_softmax(-1)
             total, count = total + advantage * own[range(n), line[-n:]].sum(), count + n
     return -total / count, count
 
 
-def test_one_step_by_hand(monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, .5])
+def test_one_step_by_hand(monkeypatch, temperature):
     "Two groups; the rewards of one are all alike: its advantages are 0, and its tokens count all the same (eq. 4)."
     model, tokenizer = learner()
-    config = PGRPOConfig(steps=1, batch=2, group=3, limits=SHORT, lr=1e-2, warmup=0, weight_decay=.1, betas=(.8, .9), clip=1e-2, seed=5)
+    config = PGRPOConfig(steps=1, batch=2, group=3, limits=SHORT, lr=1e-2, warmup=0, weight_decay=.1, betas=(.8, .9), clip=1e-2, seed=5,
+                         temperature=temperature)
     problems, trained, hand = [PROBLEM, sum_of_products([(7, 8)])], copy.deepcopy(model), copy.deepcopy(model)
     pay = lambda r, p: .25 if p is PROBLEM else lively(r, p)
     passes = seen_scores(monkeypatch)
@@ -205,7 +207,7 @@ def test_one_step_by_hand(monkeypatch):
     nought, at = [abs(a) < 1e-12 for a in advantages], 3 * chosen.index(PROBLEM)
     assert sum(len(batch["input_ids"]) for batch, *_ in passes) == 6 - sum(nought)   # no pass for what has no advantage
     assert all(nought[at:at + 3]) and not all(nought) and row["used"] == pytest.approx(1 - sum(nought) / 6)
-    loss, count = slow_step(hand, rollouts, advantages)
+    loss, count = slow_step(hand, rollouts, advantages, temperature)
     assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) and row["sampled"] == count == sum(len(r.logprobs) for r in rollouts)
     loss.backward()
     assert row["grad_norm"] == pytest.approx(torch.nn.utils.clip_grad_norm_(hand.parameters(), 1e-2).item(), rel=1e-4)

@@ -36,6 +36,7 @@ class PGRPOConfig(TrainConfig):
     mixed_precision: str = "no"   # decoding is not autocast: in another precision, updates would be off the policy that was sampled
     group: int = 8                # rollouts of each problem
     mode: str = "parallel"        # "sequential": the baseline without forks
+    temperature: float = 1.0      # of the rollouts, and of the probabilities that they are scored by
     limits: Limits = Limits(max_tokens=2048, max_thread_tokens=1024)
     normalize: str = "mean"       # of the advantages: "mean" or "std"
 
@@ -43,6 +44,7 @@ class PGRPOConfig(TrainConfig):
         super().__post_init__()
         if self.group < 2: raise ValueError(f"group={self.group}: an advantage needs at least 2 rollouts to compare")
         if self.mode not in MODES: raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        if self.temperature < 1e-3: raise ValueError(f"temperature={self.temperature}: must be at least 0.001, since alike rollouts teach nothing")
         if self.normalize not in ("mean", "std"): raise ValueError(f"unknown normalize {self.normalize!r}: choose mean or std")
         if self.attention != "dense": raise ValueError(f"attention={self.attention!r}: decoding needs the whole mask, choose dense")
 
@@ -57,7 +59,7 @@ def roll_out(model, tokenizer, problems, config, step=0, process=0, processes=1)
     "The rollouts of one step, `group` of each problem, one problem after another: `[Rollout, ...]` of P * G."
     questions = [p.question for p in problems for _ in range(config.group)]
     seeds = [(config.seed, step, i) for i in range(len(questions))]
-    decoding = DecodeConfig(config.mode, config.join, 1.0, limits=config.limits, chat=config.chat)
+    decoding = DecodeConfig(config.mode, config.join, config.temperature, limits=config.limits, chat=config.chat)
     return generate_shared(model, tokenizer, questions, decoding, seeds, process, processes)
 
 # %% ../nbs/17_pgrpo.ipynb #4e9e8379
@@ -86,7 +88,7 @@ def learn(
     packed = [(r.tree.scored().pack(), a) for r, a in pairs if abs(a) > 1e-9 and len(r.logprobs)]
     if not packed: return {"loss": 0.0, "grad_norm": 0.0, "sampled": count}
     groups = micro_batches([p for p, _ in packed], config.micro_tokens)
-    return update(setup, groups, config.clip, _advantage_loss({id(p): a for p, a in packed}), count, banned)
+    return update(setup, groups, config.clip, _advantage_loss({id(p): a for p, a in packed}), count, banned, config.temperature)
 
 # %% ../nbs/17_pgrpo.ipynb #f944547f
 def summary(

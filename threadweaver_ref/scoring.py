@@ -168,6 +168,7 @@ def tree_logprobs(
     model,        # a Hugging Face causal language model that `check_model` accepts
     batch: dict,  # of `collate` or `collate_blocks`
     banned=(),    # ids that could not be chosen: their probability is 0
+    temperature=1.0,  # of the sampling whose probabilities are wanted: logits are divided by it
 ) -> torch.Tensor:
     """(T,): log-probability of every sampled token in nats, row by row. Its parent in the tree predicts it.
 
@@ -176,7 +177,7 @@ def tree_logprobs(
     parents = batch["parent_index"][rows, columns]                           # (T,)
     if (parents < 0).any(): raise ValueError("the first token of a root is sampled: nothing predicts it")
     keep, at = parents.unique(return_inverse=True)                           # (K,) columns of predictors; (T,) where each stands
-    logits = tree_logits(model, batch, keep)[rows, at].float()               # (T, V)
+    logits = tree_logits(model, batch, keep)[rows, at].float() / temperature # (T, V)
     if len(banned): logits[:, list(banned)] = -torch.inf
     return logits.log_softmax(-1).gather(1, batch["input_ids"][rows, columns][:, None])[:, 0]
 

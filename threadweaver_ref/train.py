@@ -157,20 +157,20 @@ def likelihood(group, logprobs, count):
     "The loss of fine-tuning: minus the mean log-probability of the step's `count` sampled tokens. `logprobs` is (T,)."
     return -logprobs.sum() / count
 
-def _score(setup, group, banned):
+def _score(setup, group, banned, temperature):
     "(T,) log-probabilities of a micro-batch's sampled tokens."
     flex = plain(setup.model).config._attn_implementation == "flex_attention"
     batch = (collate_blocks if flex else collate)(group, setup.accelerator.device)
-    with setup.accelerator.autocast(): return tree_logprobs(setup.model, batch, banned)
+    with setup.accelerator.autocast(): return tree_logprobs(setup.model, batch, banned, temperature)
 
-def _backward(setup, groups, loss_of, count, banned):
+def _backward(setup, groups, loss_of, count, banned, temperature):
     "Gradients of the whole step, and this process's part of the loss."
     accelerator = setup.accelerator
     mine = shard(groups, accelerator.process_index, accelerator.num_processes)
     total = torch.zeros((), device=accelerator.device)
     for i, (group, weight) in enumerate(mine, 1):
         with nullcontext() if i == len(mine) else accelerator.no_sync(setup.model):   # gradients are exchanged with the last
-            loss = weight * loss_of(group, _score(setup, group, banned), count)
+            loss = weight * loss_of(group, _score(setup, group, banned, temperature), count)
             accelerator.backward(loss * accelerator.num_processes)   # processes are averaged
         total += loss.detach()
     return total
@@ -183,6 +183,7 @@ def update(
     loss_of=likelihood,  # f(micro-batch, logprobs (T,), count) -> scalar
     count=None,          # tokens to normalise by; default: all sampled tokens of `groups`
     banned=(),           # ids that could not be chosen: they have no share in the probabilities
+    temperature=1.0,     # that tokens were sampled at
 ) -> dict:
     """One optimiser step, normalised once (eq. 4): its loss, gradient norm and count.
 
@@ -190,7 +191,7 @@ def update(
     count = count or sum(int(p.sampled.sum()) for g in groups for p in g)
     if not count: raise ValueError("there is nothing to learn: no token of this step's trees is sampled")
     setup.model.zero_grad()   # of a step that was stopped half-way
-    total = _backward(setup, groups, loss_of, count, banned)
+    total = _backward(setup, groups, loss_of, count, banned, temperature)
     loss, norm = setup.accelerator.reduce(total, "sum").item(), float(setup.accelerator.clip_grad_norm_(setup.model.parameters(), clip))
     if setup.accelerator.scaler is None and not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, norm of the gradient {norm}: nothing was changed; try a lower lr")
