@@ -19,7 +19,7 @@ from .reader import Reader
 from .rollout import DecodeConfig, Interval, Rollout, Row
 from .sampling import choose, default_seeds, uniforms
 from .scoring import check_model, line_limit
-from .tokenizer import encode_prompt, stop_ids
+from .tokenizer import control_ids, encode_prompt, stop_ids
 
 _all_ = ["DecodeConfig", "Interval", "Rollout", "default_seeds"]   # from the rooms above: users import them from here
 
@@ -147,7 +147,8 @@ def _choose(self:Decoder, lives, logits):
     total, config, own = logits.logsumexp(-1), self.config, logits   # (B,), ..., (B, V)
     if not total.isfinite().all(): raise FloatingPointError("the model's logits are not numbers (NaN or infinite)")
     if config.hook: logits = torch.stack([self._hooked(live, row.clone()) for live, row in zip(lives, logits)])
-    banned = [(b, i) for b, live in enumerate(lives) for i in live.banned]
+    crowded = [control_ids(self.tokenizer)["<Parallel>"]] if config.fork_when_free and self._free < 1 else []
+    banned = [(b, i) for b, live in enumerate(lives) for i in [*live.banned, *crowded]]
     if banned:
         logits = logits.clone()
         logits[[b for b, _ in banned], [i for _, i in banned]] = -torch.inf

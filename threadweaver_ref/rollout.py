@@ -38,6 +38,7 @@ class DecodeConfig:
     deadline: int | None = None  # decoding steps; then the unfinished threads of a fork are closed and joined as they stand
     batch: int = 64              # problems decoded at the same time
     max_lanes: int | None = None # branches decoded at the same time, of all problems; others wait their turn
+    fork_when_free: bool = False  # with max_lanes: no fork begins while every lane is taken. What is written then depends on the load
     hook: Callable | None = None # f(branch, ids so far, logits (V,)) -> logits (or None: they were changed in place), before the choice
 
     def __post_init__(self):
@@ -50,6 +51,7 @@ class DecodeConfig:
         for f in ("batch", "max_lanes", "deadline", "window"):
             if getattr(self, f) is not None and getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
         if self.deadline and self.max_lanes: raise ValueError("deadline and max_lanes: choose one, since who waits may be late")
+        if self.fork_when_free and not self.max_lanes: raise ValueError("fork_when_free needs max_lanes: the number of lanes that can be taken")
 
 # %% ../nbs/12b_rollout.ipynb #6ea5982d
 @dataclass
