@@ -260,7 +260,8 @@ def test_no_fork_begins_while_every_lane_is_taken(lanes, forks):
     def hook(branch, ids, logits):
         out = logits.clone()
         out[reserved(char)] -= 100
-        if branch.path or branch.forks or len(ids) >= len(opening): out[control_ids(char)["</Thread>"] if branch.path else char.eos_token_id] += 1000 * (len(ids) > 20 + len(branch.path))
+        end = control_ids(char)["</Thread>"] if branch.path else char.eos_token_id
+        if branch.path or branch.forks or len(ids) >= len(opening): out[end] += 1000 * (len(ids) > 20 + len(branch.path))
         else: out[opening[len(ids)]] += 1000
         return out
     config = DecodeConfig(hook=hook, batch=3, max_lanes=lanes, limits=ROOMY)

@@ -58,7 +58,8 @@ def run(folder=None, steps=4, own=False, paid=None, **options):
 BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
        (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(attention="flex"), "dense"),
        (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"),
-       (dict(weight_decay=-1.0), "below 0"), (dict(temperature=0.0), "at least 0.001"), (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
+       (dict(weight_decay=-1.0), "below 0"),
+       (dict(temperature=0.0), "at least 0.001"), (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
 
 @pytest.mark.parametrize("bad, message", BAD)
 def test_bad_settings(bad, message):
@@ -180,7 +181,7 @@ def test_dropout_is_off_while_scoring(monkeypatch, adapted):
 # ---- one step
 
 def slow_step(model, rollouts, advantages, temperature=1.0):
-    "Equation 4 by hand: every sampled span behind all that it sees, through the plain model at the sampling temperature; over all tokens, those without an advantage too."
+    "Equation 4 by hand: every sampled span behind all that it sees, through the plain model; over all tokens, those without an advantage too."
     total, count = 0, 0
     for r, advantage in zip(rollouts, advantages):
         for s in (s for s in range(len(r.tree)) if r.tree.sampled[s]):
