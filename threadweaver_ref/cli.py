@@ -12,7 +12,7 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Adaptive parallel reasoning: fork, decode in one batch, join, answer.")
-POLICY, DOMAIN = "tiny-sft", "programs"
+POLICY, DOMAIN = "tiny-rl", "programs"
 
 
 def _lines(nodes, indent=""):
