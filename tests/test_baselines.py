@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import tiny
 
 from threadweaver_ref import baselines as room
@@ -13,7 +14,7 @@ from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.model import load_policy
 from threadweaver_ref.rollout import all_forks
-from threadweaver_ref.tokenizer import char_tokenizer
+from threadweaver_ref.tokenizer import char_tokenizer, control_ids, encode_text
 
 CHAR = char_tokenizer()
 MODEL = tiny("Qwen3", CHAR)
@@ -119,6 +120,15 @@ def test_a_line_is_judged_by_its_mean_log_probability():
 
 
 # ---- forks that the model does not choose
+
+def test_an_outline_of_a_fixed_fork_ends():
+    "Of a model that would never close one."
+    hook = FixedFork(CHAR, 2, longest=7)
+    def endless(branch, ids, logits): return hook(branch, ids, logits.index_fill(0, torch.tensor(control_ids(CHAR)["</Outline>"]), -100.0))
+    for r in generate(MODEL, CHAR, QUESTIONS, DecodeConfig(hook=endless, limits=Limits(max_tokens=400, max_thread_tokens=6))):
+        fork, = all_forks(r.trajectory)
+        assert [len(encode_text(CHAR, o)) for o in fork.outlines] == [7, 7]
+
 
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_a_fixed_fork_has_k_threads_whatever_the_model_is(k, policy):

@@ -138,6 +138,7 @@ class FixedFork:
     "A hook: the main thread begins with a fork into `k` threads, whose outlines the model writes. Nothing else forks."
     tokenizer: object
     k: int
+    longest: int = 64   # tokens of an outline; then it is closed
 
     def __call__(self, branch, ids, logits):
         control = control_ids(self.tokenizer)
@@ -146,6 +147,7 @@ class FixedFork:
         forced = encode_text(self.tokenizer, self._between(len(closed)))
         at = len(ids) - (closed[-1] + 1 if closed else 0)
         if at < len(forced): return _only(logits, forced[at])
+        if at - len(forced) >= self.longest: return _only(logits, control["</Outline>"])
         return _without(logits, [*(i for tag, i in control.items() if tag != "</Outline>"), *branch.machine.stops])
 
     def _between(self, closed):
