@@ -44,7 +44,8 @@ class PGRPOConfig(TrainConfig):
         super().__post_init__()
         if self.group < 2: raise ValueError(f"group={self.group}: an advantage needs at least 2 rollouts to compare")
         if self.mode not in MODES: raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
-        if self.temperature < 1e-3: raise ValueError(f"temperature={self.temperature}: must be at least 0.001, since alike rollouts teach nothing")
+        if not 1e-3 <= self.temperature < math.inf:   # at 0 the rollouts of a group are all alike
+            raise ValueError(f"temperature={self.temperature}: must be at least 0.001 and finite")
         if self.normalize not in ("mean", "std"): raise ValueError(f"unknown normalize {self.normalize!r}: choose mean or std")
         if self.attention != "dense": raise ValueError(f"attention={self.attention!r}: decoding needs the whole mask, choose dense")
 
