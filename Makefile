@@ -39,6 +39,7 @@ readme: .venv/ready
 	$(ENV) jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb \
 	  --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags hide-input
 	sed -i.bak -E 's#\]\(([0-9a-z_]+\.ipynb)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' README.md && rm README.md.bak
+	awk '/^```/ && n++ % 2 == 0 { $$0 = "```python" } 1' README.md > README.tmp && mv README.tmp README.md   # a clean notebook names no language
 
 clean:
 	rm -rf demo _proc .pytest_cache .ruff_cache

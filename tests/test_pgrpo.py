@@ -59,7 +59,8 @@ BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or st
        (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(attention="flex"), "dense"),
        (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"),
        (dict(weight_decay=-1.0), "below 0"),
-       (dict(temperature=0.0), "at least 0.001"), (dict(temperature=float("nan")), "finite"), (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
+       (dict(temperature=0.0), "at least 0.001"), (dict(temperature=float("nan")), "finite"),
+       (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
 
 @pytest.mark.parametrize("bad, message", BAD)
 def test_bad_settings(bad, message):
