@@ -70,7 +70,7 @@ def test_bad_settings(bad, message):
 def test_defaults_are_the_ones_written_down():
     assert asdict(PGRPOConfig()) == dict(
         asdict(TrainConfig()), steps=100, batch=16, weight_decay=0.0, save_every=25, mixed_precision="no", group=8, mode="parallel",
-        temperature=1.0, limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)), normalize="mean")
+        temperature=1.0, sequential=0.0, limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)), normalize="mean")
 
 
 def test_settings_of_rollouts_arrive(monkeypatch):
@@ -181,13 +181,15 @@ def test_dropout_is_off_while_scoring(monkeypatch, adapted):
 
 # ---- one step
 
-def slow_step(model, rollouts, advantages, temperature=1.0):
-    "Equation 4 by hand: every sampled span behind all that it sees, through the plain model; over all tokens, those without an advantage too."
+def slow_step(model, rollouts, advantages, temperature=1.0, banned=itertools.repeat([])):
+    """Equation 4 by hand: every sampled span behind all that it sees, through the plain model; over all tokens, those without an advantage too.
+    `banned`: of every rollout, the ids that it could not choose."""
     total, count = 0, 0
-    for r, advantage in zip(rollouts, advantages):
+    for r, advantage, ids in zip(rollouts, advantages, banned):
         for s in (s for s in range(len(r.tree)) if r.tree.sampled[s]):
             line, n = r.tree.path_ids(s), len(r.tree.ids[s])
-            own = model(torch.tensor([line]), use_cache=False).logits[0, -n - 1:-1].div(temperature).log_softmax(-1)
+            logits = model(torch.tensor([line]), use_cache=False).logits[0, -n - 1:-1].div(temperature)
+            own = logits.index_fill(1, torch.tensor(ids, dtype=torch.long), -torch.inf).log_softmax(-1)
             total, count = total + advantage * own[range(n), line[-n:]].sum(), count + n
     return -total / count, count
 
@@ -215,6 +217,33 @@ def test_one_step_by_hand(monkeypatch, temperature):
     assert row["grad_norm"] == pytest.approx(torch.nn.utils.clip_grad_norm_(hand.parameters(), 1e-2).item(), rel=1e-4)
     torch.optim.AdamW(hand.parameters(), 1e-2, (.8, .9), weight_decay=.1).step()
     assert torch.allclose(adapters(trained), adapters(hand), atol=1e-5) and not torch.allclose(adapters(trained), adapters(model), atol=1e-3)
+
+
+def test_a_share_in_sequential_mode(monkeypatch):
+    """Half of a step's problems are answered without forks, and scored among what could be chosen there; the others as ever.
+    Rewards are compared within a problem's own group, which is of one mode."""
+    model, tokenizer = learner()
+    config = PGRPOConfig(steps=1, batch=4, group=3, sequential=.5, limits=SHORT, lr=1e-2, warmup=0, clip=1e-2, seed=5, micro_tokens=400)
+    problems, trained = [sum_of_products([(i, i + 1)]) for i in range(2, 6)], copy.deepcopy(model)
+    passes, decoded = seen_scores(monkeypatch), spied(monkeypatch, pgrpo, "generate")
+    row, = train_pgrpo(trained, tokenizer, problems, config, lively)
+    chosen = [p.question for p in step_problems(problems, 0, config, None) for _ in range(3)]
+    assert [(c[0][3].mode, c[0][2]) for c in decoded] == [("sequential", chosen[:6]), ("parallel", chosen[6:])]
+    assert decoded[0][0][4] + decoded[1][0][4] == [(5, 0, i) for i in range(12)]   # every rollout has a seed of its own
+    control = sorted(control_ids(tokenizer).values())
+    rollouts = [r for mode, part in (("sequential", slice(6)), ("parallel", slice(6, 12)))
+                for r in generate(model, tokenizer, chosen[part], DecodeConfig(mode, temperature=1.0, limits=SHORT),
+                                  [(5, 0, i) for i in range(12)[part]])]
+    ids = [i for r in rollouts[:6] for i in r.tree.pack().input_ids.tolist()]
+    assert not set(control) & set(ids)
+    scores = [lively(r, None) for r in rollouts]
+    advantages = [x - sum(scores[i // 3 * 3:i // 3 * 3 + 3]) / 3 for i, x in enumerate(scores)]
+    loss, count = slow_step(model, rollouts, advantages, banned=[control] * 6 + [[]] * 6)
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) and row["sampled"] == count
+    loss.backward()
+    assert row["grad_norm"] == pytest.approx(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2).item(), rel=1e-4)
+    assert {tuple(sorted(banned)) for _, banned, *_ in passes} == {(), tuple(control)}
+    with pytest.raises(ValueError, match="sequential=1.5: must lie between 0 and 1"): PGRPOConfig(sequential=1.5)
 
 
 def wide_hook(tokenizer):

@@ -161,7 +161,7 @@ def _score(setup, group, banned, temperature):
     "(T,) log-probabilities of a micro-batch's sampled tokens."
     flex = plain(setup.model).config._attn_implementation == "flex_attention"
     batch = (collate_blocks if flex else collate)(group, setup.accelerator.device)
-    with setup.accelerator.autocast(): return tree_logprobs(setup.model, batch, banned, temperature)
+    with setup.accelerator.autocast(): return tree_logprobs(setup.model, batch, banned(group), temperature)
 
 def _backward(setup, groups, loss_of, count, banned, temperature):
     "Gradients of the whole step, and this process's part of the loss."
@@ -182,7 +182,7 @@ def update(
     clip: float,         # of the gradient's norm
     loss_of=likelihood,  # f(micro-batch, logprobs (T,), count) -> scalar
     count=None,          # tokens to normalise by; default: all sampled tokens of `groups`
-    banned=(),           # ids that could not be chosen: they have no share in the probabilities
+    banned=lambda group: (),   # f(micro-batch) -> ids that could not be chosen in it: they have no share in the probabilities
     temperature=1.0,     # that tokens were sampled at
 ) -> dict:
     """One optimiser step, normalised once (eq. 4): its loss, gradient norm and count.
