@@ -76,7 +76,7 @@ def test_the_ladder_differs_in_size_alone(name):
 def test_twins_of_the_trained_policy_are_trained_as_long(name):
     one, other = load_recipe("tiny-rl"), load_recipe(name)
     left = {f.name for f in fields(one.config) if getattr(one.config, f.name) != getattr(other.config, f.name)}
-    assert left <= {"mode"} and (one.start, one.lora, one.problems.keywords) == (other.start, other.lora, other.problems.keywords)
+    assert left <= {"mode", "sequential"} and (one.start, one.lora, one.problems.keywords) == (other.start, other.lora, other.problems.keywords)
     assert one.speedup and not other.speedup and other.reward.keywords == dict(rho=.5, clip=.2)
 
 
@@ -106,7 +106,7 @@ def test_a_domain_without_a_sampler_of_ours(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text, said", [
     ("kind: dpo", "unknown kind 'dpo': choose one of sft, pgrpo"), ("speed: 9", "unknown key 'speed'"), ("lr: 5e-3", "lr='5e-3': must be a number"),
-    ("kind: pgrpo\nsequential: 0.1", "unknown key 'sequential'"),
+    ("kind: pgrpo\nautoregressive: 0.1", "unknown key 'autoregressive'"),
     ("arrangement: Forked", "unknown arrangement 'Forked': choose one of Sequential"),
     ("arrangement: {RandomForks: 7}", "probability"), ("arrangement: {RandomForks: {q: 7}}", "'q'"),
     ("sampler: easy", "unknown sampler 'easy': choose one of mixture"), ("domain: schoolbook\nsampler: easy", "choose one of mixture, decisions"),
