@@ -206,7 +206,7 @@ def _quiet():
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        for said in ("Found missing adapter keys", ".*is_gradient_checkpointing"): warnings.filterwarnings("ignore", message=said)
         try: yield
         finally: logging.set_verbosity(level)
 
