@@ -40,6 +40,9 @@ def stale_readme() -> list:
     for cell in json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
         text = re.sub(r"\]\(([0-9a-z_]+\.ipynb)\)", r"](nbs/\1)", "".join(cell["source"])).replace("](../", "](").strip()
         if cell["cell_type"] == "markdown" and text not in readme: found.append(f"README.md lacks {text[:60]!r} of index.ipynb (run make readme)")
+        for output in cell.get("outputs", []):   # a result that is shown as text
+            text = "".join(output.get("data", {}).get("text/markdown", "")).strip()
+            if text not in readme: found.append(f"README.md lacks the result {text[:60]!r} of index.ipynb (run make readme)")
     return found
 
 

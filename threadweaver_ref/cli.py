@@ -15,21 +15,6 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 POLICY, DOMAIN = "tiny-rl", "programs"
 
 
-def _lines(nodes, indent=""):
-    "A trajectory as text, one line a thread, inner forks indented."
-    from threadweaver_ref.format import Text
-    for node in nodes:
-        if isinstance(node, Text): yield f"{indent}{node.text}"
-        else:
-            yield f"{indent}fork: " + " | ".join(f"{i}. {o.strip()}" for i, o in enumerate(node.outlines, 1))
-            for i, thread in enumerate(node.threads, 1):
-                first, *rest = list(_lines(thread.body, indent + "   ")) or [""]
-                yield f"{indent}|{i}> {first.strip()}"
-                yield from (f"{indent}|   {line.strip()}" for line in rest)
-                if thread.conclusion is not None: yield f"{indent}|   => {thread.conclusion}"
-            yield f"{indent}join"
-
-
 def _lines_of(data: bytes, name):
     "The lines of a file as a text editor counts them, without a byte order mark. Raises `ValueError` for one that is not UTF-8."
     lines = re.split(rb"\r\n|\r|\n", data.removeprefix(b"\xef\xbb\xbf"))
@@ -70,6 +55,7 @@ def solve(
     from threadweaver_ref.decode import DecodeConfig, generate
     from threadweaver_ref.evaluate import rollout_data
     from threadweaver_ref.model import load_policy
+    from threadweaver_ref.race import trajectory_lines
     config = DecodeConfig(mode=mode, join=join, temperature=temperature, seed=seed, deadline=deadline)
     model, tokenizer = load_policy(policy)
     with warnings.catch_warnings(record=True) as said: rollouts = generate(model, tokenizer, questions, config)
@@ -77,7 +63,7 @@ def solve(
     for line in dict.fromkeys(noted): typer.echo(f"warning: {line}", err=True)
     for r in rollouts:
         if as_json: typer.echo(json.dumps(rollout_data(r), ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
-        else: typer.echo("\n".join([r.question, *_lines(r.trajectory), _summary(r)]) + "\n")
+        else: typer.echo("\n".join([r.question, *trajectory_lines(r.trajectory), _summary(r)]) + "\n")
 
 
 def _summary(r, seconds=None):
@@ -230,6 +216,15 @@ def domains():
             typer.echo(f"{domain}, {name}: {problem.question} -> {problem.answer}")
             said = "   token latency {0.sequential} without forks, {0.best} in the best flat schedule"
             if problem.steps: typer.echo(said.format(best_flat(problem)))
+
+
+@app.command()
+def results(out: Path = typer.Option(Path("results"), help="folder for a file a table or figure")):
+    "Make every table and figure of README and the results notebooks again, from data/results; fails where one differs from what is saved."
+    from threadweaver_ref.results import make_results
+    said = {True: "differs from the notebook", False: "as in the notebook"}
+    old = make_results(out, on_shown=lambda made, changed: typer.echo(f"{out / made.file}: {said[changed]}"))
+    if old: raise ValueError(f"{', '.join(s.name for s in old)}: not what the notebooks show; run them again and save them, then make readme")
 
 
 def _explained(error) -> bool:
