@@ -253,9 +253,9 @@ def test_waiting_for_a_lane_changes_no_token(join, lanes, monkeypatch):
     assert steps[0] == steps[1] if lanes == 1000 else steps[0] < steps[1] if lanes < 3 else steps[0] <= steps[1]
 
 
-@pytest.mark.parametrize("lanes, forks", [(3, [0, 0, 0]), (4, [1, 1, 1])])
-def test_no_fork_begins_while_every_lane_is_taken(lanes, forks):
-    "Three problems that want to fork at once. With three lanes none may; the one that is alone at last may, but does not want to any more."
+@pytest.mark.parametrize("below, forks", [(3, [0, 0, 0]), (4, [1, 1, 1])])
+def test_no_fork_begins_while_so_many_branches_are_decoded(below, forks):
+    "Three problems that want to fork at once. Below three branches none may; the one that is alone at last may, but does not want to any more."
     model, opening = tiny("Qwen3", char), encode_text(char, block("1:p", "2:q"))
     def hook(branch, ids, logits):
         out = logits.clone()
@@ -264,9 +264,9 @@ def test_no_fork_begins_while_every_lane_is_taken(lanes, forks):
         if branch.path or branch.forks or len(ids) >= len(opening): out[end] += 1000 * (len(ids) > 20 + len(branch.path))
         else: out[opening[len(ids)]] += 1000
         return out
-    config = DecodeConfig(hook=hook, batch=3, max_lanes=lanes, limits=ROOMY)
+    config = DecodeConfig(hook=hook, batch=3, limits=ROOMY)
     assert [r.forks for r in generate(model, char, ["1+1?", "2+2?", "3+3?"], config)] == [1, 1, 1]
-    held = dataclasses.replace(config, fork_when_free=True)
+    held = dataclasses.replace(config, fork_below=below)
     assert [r.forks for r in generate(model, char, ["1+1?", "2+2?", "3+3?"], held)] == forks
     alone, = generate(model, char, ["1+1?"], held)
     assert alone.forks == 1

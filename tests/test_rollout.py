@@ -17,7 +17,7 @@ from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
     (dict(join="glue"), "unknown join 'glue': choose one of concat, result, kv"),
     (dict(deadline=0), "deadline=0: must be at least 1"),
     (dict(max_lanes=0), "max_lanes=0: must be at least 1"),
-    (dict(max_lanes=2, deadline=9), "deadline and max_lanes: choose one"), (dict(fork_when_free=True), "fork_when_free needs max_lanes"),
+    (dict(max_lanes=2, deadline=9), "deadline and max_lanes: choose one"), (dict(fork_below=0), "fork_below=0: must be at least 1"),
     (dict(temperature=-.1), "temperature=-0.1"), (dict(temperature=float("nan")), "temperature=nan"),
     (dict(temperature=float("inf")), "temperature=inf"), (dict(top_p=0), "top_p=0: must be above 0 and at most 1"),
     (dict(top_p=1.5), "top_p=1.5"), (dict(top_k=-1), "top_k=-1: must not be negative"), (dict(batch=0), "batch=0: must be at least 1")])

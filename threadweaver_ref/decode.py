@@ -141,13 +141,18 @@ def _open(self:Decoder, reading) -> list:
     return [(row, live) for live in lives]
 
 # %% ../nbs/13_decode.ipynb #5f8e6fc0
+@patch(as_prop=True)
+def _crowded(self:Decoder):
+    "Are so many branches decoded that no fork may begin?"
+    return self.config.fork_below is not None and sum(len(row.live) for row in self.rows) >= self.config.fork_below
+
 @patch
 def _choose(self:Decoder, lives, logits):
     "The next token of every branch, and its log-probability under the model itself. Raises `FloatingPointError` for logits that are no numbers."
     total, config, own = logits.logsumexp(-1), self.config, logits   # (B,), ..., (B, V)
     if not total.isfinite().all(): raise FloatingPointError("the model's logits are not numbers (NaN or infinite)")
     if config.hook: logits = torch.stack([self._hooked(live, row.clone()) for live, row in zip(lives, logits)])
-    crowded = [control_ids(self.tokenizer)["<Parallel>"]] if config.fork_when_free and self._free < 1 else []
+    crowded = [control_ids(self.tokenizer)["<Parallel>"]] if self._crowded else []
     banned = [(b, i) for b, live in enumerate(lives) for i in [*live.banned, *crowded]]
     if banned:
         logits = logits.clone()

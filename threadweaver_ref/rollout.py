@@ -38,7 +38,7 @@ class DecodeConfig:
     deadline: int | None = None  # decoding steps; then the unfinished threads of a fork are closed and joined as they stand
     batch: int = 64              # problems decoded at the same time
     max_lanes: int | None = None # branches decoded at the same time, of all problems; others wait their turn
-    fork_when_free: bool = False  # with max_lanes: no fork begins while every lane is taken. What is written then depends on the load
+    fork_below: int | None = None  # no fork begins while so many branches, of all problems, are decoded. What is written depends on the load
     hook: Callable | None = None # f(branch, ids so far, logits (V,)) -> logits (or None: they were changed in place), before the choice
 
     def __post_init__(self):
@@ -48,10 +48,9 @@ class DecodeConfig:
             raise ValueError(f"temperature={self.temperature}: must be 0 (greedy), or at least 0.001 and finite")
         if not 0 < self.top_p <= 1: raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
         if self.top_k < 0: raise ValueError(f"top_k={self.top_k}: must not be negative")
-        for f in ("batch", "max_lanes", "deadline", "window"):
+        for f in ("batch", "max_lanes", "fork_below", "deadline", "window"):
             if getattr(self, f) is not None and getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
         if self.deadline and self.max_lanes: raise ValueError("deadline and max_lanes: choose one, since who waits may be late")
-        if self.fork_when_free and not self.max_lanes: raise ValueError("fork_when_free needs max_lanes: the number of lanes that can be taken")
 
 # %% ../nbs/12b_rollout.ipynb #6ea5982d
 @dataclass
