@@ -13,6 +13,7 @@ from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.branch import Limits
 from threadweaver_ref.replay import replay
 from threadweaver_ref.tokenizer import encode_prompt
+from threadweaver_ref.rows import reads_by_rows
 from threadweaver_ref.scoring import check_model, collate, line_limit, tree_logits, tree_logprobs
 from threadweaver_ref.tree import SpanTree
 
@@ -145,7 +146,7 @@ def test_logits_of_some_columns(kind):
 def test_scoring_makes_no_logits_for_the_prompt():
     model, widths = tiny("Qwen3", char), []
     model.lm_head.register_forward_hook(lambda m, args, out: widths.append(out.shape[1]))
-    check_model(model)
+    check_model(model), reads_by_rows(model)   # ask the model, once
     widths.clear()
     tree_logprobs(model, line(5)); generate(model, char, ["1+" * 40 + "1?"], DecodeConfig(limits=Limits(max_tokens=1)))
     assert widths == [4, 1]

@@ -11,7 +11,7 @@ import torch
 from helpers import ARCHITECTURES, TOKENIZERS, bpe_tokenizer, random_text, tiny
 from test_sampling import SAMPLING
 
-from threadweaver_ref import decode, reader
+from threadweaver_ref import decode, reader, rows
 from threadweaver_ref.cache import FlatCache
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.draw import show_timeline
@@ -150,6 +150,13 @@ def setting(request):
     return tiny(arch, tokenizer), tokenizer, "-".join(request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["line", "rectangle"])
+def padded(request, monkeypatch):
+    "Models that can read without padding do so; or they may not."
+    if request.param: monkeypatch.setattr(reader, "reads_by_rows", lambda model: False)
+    return request.param
+
+
 def check_against_plain_loop(model, tokenizer, asked, config):
     rollouts = generate(model, tokenizer, asked, config)
     for question, rollout in zip(asked, rollouts, strict=True):
@@ -162,7 +169,7 @@ def check_against_plain_loop(model, tokenizer, asked, config):
     return rollouts
 
 
-def test_decoded_is_rerun(setting):
+def test_decoded_is_rerun(setting, padded):
     model, tokenizer, name = setting
     limits = Limits(max_tokens=400, max_thread_tokens=60)
     config = DecodeConfig(hook=Script(tokenizer, random_plan), batch=5, limits=limits)
@@ -300,7 +307,7 @@ def test_decoded_is_rerun_on_one_line(mode):
 
 
 @pytest.mark.parametrize("arch", ["Qwen3", "Gemma"])
-def test_long_prompts_and_growing_caches(arch):
+def test_long_prompts_and_growing_caches(arch, padded):
     "Prompts of very different lengths, and rollouts that outgrow the first 256 slots of a row."
     model, rng = tiny(arch, char), random.Random("long")
     asked = ["".join(rng.choice("0123456789+") for _ in range(n)) for n in (3, 700, 250, 256, 1, 40)]
@@ -427,7 +434,7 @@ def test_counts_against_the_text():
 
 @pytest.mark.parametrize("join", JOINS)
 @pytest.mark.parametrize("options", [dict(), dict(deadline=9), dict(window=60), dict(max_lanes=3)], ids=str)
-def test_nonsense_with_every_join(join, options):
+def test_nonsense_with_every_join(join, options, padded):
     "Every rollout ends within its limits, as it would alone, and its logprobs are those of its tree."
     model = tiny("Qwen3", char, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, head_dim=8, intermediate_size=16)
     limits = TIGHT["deep"]
@@ -654,7 +661,7 @@ def test_a_question_is_the_users_turn_of_a_chat_template():
     assert decode.Decoder(model, tokenizer, DecodeConfig()).stops == (tokenizer.eos_token_id, frame[1])
 
 
-def test_a_long_question_is_read_in_parts(monkeypatch):
+def test_a_long_question_is_read_in_parts(monkeypatch, padded):
     model, asked = tiny("Qwen3", char), ["1+" * 90 + "1?", "2*3?", "7-" * 40 + "1?"]
     config = DecodeConfig(hook=Script(char, random_plan), limits=Limits(max_tokens=200, max_thread_tokens=60))
     whole = generate(model, char, asked, config, stats=(stats := {}))
@@ -698,8 +705,8 @@ def spied(monkeypatch):
     "A FlatCache whose every forward pass is recorded: where it wrote, and whether anything else changed or moved."
     log = []
     class Spy(FlatCache):
-        def aim(self, rows, where, used):
-            super().aim(rows, where, used)
+        def aim(self, rows, where, used, parts=None):
+            super().aim(rows, where, used, parts)
             log.append({"flat": (self.row * self.slots + self.where).flatten().tolist(), "moved": False})
 
         def update(self, keys, values, layer, *args, **kwargs):
@@ -718,7 +725,7 @@ def spied(monkeypatch):
     return log
 
 
-def test_a_fork_copies_nothing(monkeypatch):
+def test_a_fork_copies_nothing(monkeypatch, padded):
     model, log, stats = tiny("Qwen3", char), spied(monkeypatch), {}
     plan = lambda branch, tokenizer: deep_plan(branch, tokenizer) if branch.depth < 2 else encode_text(tokenizer, "ab</Thread>")
     r = generate(model, char, ["7?"], DecodeConfig(join="kv", hook=Script(char, plan), limits=ROOMY), stats=stats)[0]   # frees no slot
@@ -727,6 +734,7 @@ def test_a_fork_copies_nothing(monkeypatch):
     assert len(passes) == stats["forwards"]
     assert "grow" not in log and not any(p["moved"] for p in passes)        # the tensors stay where they are
     written = Counter(i for p in passes for i in p["flat"])
+    assert padded or 255 not in written
     slots = sorted(i for i in written if i != 255)                          # the last one takes padding
     assert all(written[i] == 1 for i in slots) and slots == list(range(len(slots)))   # no slot twice, none left out
     #  every token of the tree lies in exactly one slot, but for <eos>, which nobody reads
@@ -737,7 +745,7 @@ def test_a_fork_copies_nothing(monkeypatch):
 def test_a_fork_reads_only_the_seeds():
     "At a fork the model reads the last token of the main thread and the seeds; the shared prefix is not read again."
     model, sizes = tiny("Qwen3", char), []
-    check_model(model)   # asks the model, once
+    check_model(model), rows.reads_by_rows(model)   # ask the model, once
     config = said(["x=" + block("1:p", "2:q", "3:r"), "y<eos>"], ["12</Thread>"] * 3)
     handle = model.register_forward_pre_hook(lambda m, a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
     generate(model, char, ["12345678?"], config)
@@ -747,22 +755,23 @@ def test_a_fork_reads_only_the_seeds():
     assert sizes == [(1, 9)] + [(1, 1)] * 19 + [(1, 1 + 3 * 3)] + [(1, 3)] * 2 + [(1, joined)] + [(1, 1)]
 
 
-def test_further_lanes_have_a_pass_of_their_own():
-    "Many problems, some of which fork: what each says is what it says alone, in two passes a step as in one, and far fewer queries are padded."
-    model, questions = tiny("Qwen3", char), [f"{k}?" for k in range(48)]
+def test_many_problems_are_read_without_padding(padded):
+    "48 problems, some of which fork: what each says is what it says alone. In one line a step reads as many tokens as there are live branches."
+    model, asked, sizes = tiny("Qwen3", char), [f"{k}?" for k in range(48)], []
     def plan(branch, tokenizer):
         if branch.depth: return encode_text(tokenizer, "12345</Thread>")
         forks = branch.machine.tree.ids[0][0] % 4 == 0 and not branch.forks
         return encode_text(tokenizer, "ab" + block(*(f"{i}:p" for i in range(1, 7))) if forks else "abcd" * 18 + "<eos>")
-    sizes = []
-    check_model(model)
+    check_model(model), rows.reads_by_rows(model)
     handle = model.register_forward_pre_hook(lambda m, a, kw: sizes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
-    together = generate(model, char, questions, DecodeConfig(hook=Script(char, plan)))
+    together = generate(model, char, asked, DecodeConfig(hook=Script(char, plan)))
     handle.remove()
     forked = sum(r.forks for r in together)
-    assert 0 < forked < 20 and (forked, 5) in sizes and (48, 1) in sizes
-    assert not any(rows == 48 and q > 1 for rows, q in sizes[1:])           # the first pass reads the questions
-    for r, q in zip(together, questions):
+    assert 0 < forked < 20 and (((48, 6) in sizes) if padded else ((1, 48 + 5 * forked) in sizes and all(p == 1 for p, _ in sizes)))
+    if not padded:   # every token of every tree once, but for the ends, which nobody reads; a thread's text is read again behind the join
+        read = sum(map(len, (ids for r in together for ids in r.tree.ids))) - len(together) - sum(6 * r.forks for r in together)
+        assert abs(sum(n for _, n in sizes) - read) <= 6 * forked
+    for r, q in zip(together, asked):
         alone, = generate(model, char, [q], DecodeConfig(hook=Script(char, plan)))
         assert r.tree == alone.tree and torch.allclose(r.logprobs, alone.logprobs, atol=1e-5) and r.question == q
 

@@ -21,13 +21,15 @@ class FlatCache(Cache):
 
     def aim(
         self,
-        rows,   # the rows that the next forward pass is about: (P,) their numbers, or a slice
+        rows,   # the rows that the next forward pass is about: (P,) their numbers, or a slice; with `parts`: (1, N), that of every token
         where,  # (P, N) slot of every new token
         used,   # slots in use: those behind are not read
+        parts=None,  # of a pass without padding: what `rows` reads them by; it is given whole rows, all of them
     ):
         "Say where the next forward pass writes."
-        row = torch.arange(self.rows, device=where.device)[rows]
-        self.row, self.where, self.read, self.used, self.flat = row[:, None], where, rows, used, {}
+        row = rows if parts else torch.arange(self.rows, device=where.device)[rows][:, None]
+        self.row, self.where, self.read, self.used, self.parts = row.expand_as(where), where, slice(None) if parts else rows, used, parts
+        self.flat = {}
 
 # %% ../nbs/11_cache.ipynb #b7e6d341
 @patch
@@ -43,14 +45,16 @@ def _put(self:FlatCache, store, new):
     "Write in place: the memory of `store` stays where it is."
     D = store.shape[3]
     store.view(-1, D).index_copy_(0, self._addresses(store.shape[1]), new.reshape(-1, D))   # (P * H * N, D) into (rows * H * S, D)
-    return store[self.read, :, :self.used]   # (P, H, used, D)
+    found = store[self.read, :, :self.used]   # (P, H, used, D)
+    if self.parts: found.parts = self.parts   # the keys say whose they are
+    return found
 
 @patch
 def _addresses(self:FlatCache, heads):
     "(P * H * N,) where the new vectors go: (p H + h) S + s."
     if heads not in self.flat:
-        line = self.row * heads + torch.arange(heads, device=self.where.device)   # (P, H)
-        self.flat[heads] = (line[:, :, None] * self.slots + self.where[:, None]).reshape(-1)
+        line = self.row[:, None] * heads + torch.arange(heads, device=self.where.device)[:, None]   # (P, H, N)
+        self.flat[heads] = (line * self.slots + self.where[:, None]).reshape(-1)
     return self.flat[heads]
 
 # %% ../nbs/11_cache.ipynb #df2e72ba

@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from .cache import FlatCache, Lanes
+from .rows import Part, flat_pass, reads_by_rows
 from .scoring import additive, few_logits
 
 # %% ../nbs/12c_reader.ipynb #2c3a7843
@@ -26,7 +27,7 @@ class Reader:
         first = next(model.parameters())
         self.model, self.device, self.dtype, self.stats = model, first.device, first.dtype, stats
         self.cache, self.lanes = FlatCache(rows, 256), Lanes(rows, 256, self.dtype, self.device)
-        self.worth = 128 if first.device.type == "cpu" else float("inf")   # queries that a second pass of a step must save
+        self.padded = first.device.type != "cpu" or not reads_by_rows(model)   # on a GPU one call for all rows is faster than one each
         for name in ("forwards", "prefill_tokens"): stats.setdefault(name, 0)
         for name in ("prefill_seconds", "forward_seconds"): stats.setdefault(name, 0.0)
 
@@ -34,20 +35,36 @@ class Reader:
 @patch
 def forward(
     self:Reader,
-    rows,       # (P,) the rows of the cache, or a slice
-    grid,       # (3, P, N) ids, positions and slots
-    mask,       # (P, N, used) additive
-    keep=None,  # (K,) columns whose logits are wanted; default: all
+    rows: list,    # P numbers of rows of the cache
+    grid,          # (3, P, N) ids, positions and slots; a problem's tokens come first in its line, then padding
+    mask,          # (P, N, used) additive
+    sizes: list,   # P of (tokens, slots in use)
+    wanted,        # (P, N) bool: tokens whose logits are wanted
 ) -> torch.Tensor:
-    "(P, N, V) logits, or (P, K, V)."
-    began, (ids, positions, slots) = time.perf_counter(), grid
-    self.cache.aim(rows, slots, mask.shape[2])
-    logits = few_logits(self.model, keep, input_ids=ids, position_ids=positions, attention_mask=mask[:, None],
-                        past_key_values=self.cache, use_cache=True)
+    "(W, V) logits of the wanted tokens, problem by problem."
+    began = time.perf_counter()
+    logits = (self._rectangle if self.padded else self._line)(rows, grid, mask, sizes, wanted)
     if self.device.type == "cuda": torch.cuda.synchronize()
     self.stats["forward_seconds"] += time.perf_counter() - began
     self.stats["forwards"] += 1
     return logits
+
+@patch
+def _rectangle(self:Reader, rows, grid, mask, sizes, wanted):
+    (ids, positions, slots), columns = grid, wanted.any(0).nonzero()[:, 0]   # (P, N) each; (K,)
+    whole = rows == list(range(len(rows)))   # then nothing of the cache need be gathered
+    self.cache.aim(slice(len(rows)) if whole else torch.tensor(rows, device=self.device), slots, mask.shape[2])
+    logits = few_logits(self.model, columns, input_ids=ids, position_ids=positions, attention_mask=mask[:, None],
+                        past_key_values=self.cache, use_cache=True)   # (P, K, V)
+    return logits[wanted[:, columns]]
+
+@patch
+def _line(self:Reader, rows, grid, mask, sizes, wanted):
+    here = [p for p, (n, _) in enumerate(sizes) if n]   # in a part of a prefill, short readings have no tokens
+    starts = [sum(n for n, _ in sizes[:p]) for p in here]
+    parts = [Part(rows[p], at, *sizes[p]) for p, at in zip(here, starts)]
+    real = torch.arange(grid.shape[2]) < torch.tensor([[n] for n, _ in sizes])   # (P, N)
+    return flat_pass(self.model, self.cache, parts, *grid[:, real][:, None], mask[here], wanted[real].nonzero()[:, 0])
 
 # %% ../nbs/12c_reader.ipynb #ddce3005
 @patch
@@ -106,12 +123,13 @@ def prefill(
 @patch
 def _read(self:Reader, group, part, used):
     "One pass over these columns: {(row, column): (V,) logits} where a branch will write next."
-    wanted = [(p, g.row.at, end) for p, g in enumerate(group) for end in g.ends if part.start <= end < part.stop]
-    columns = sorted({end for *_, end in wanted} or {part.start})
-    rows, keep = [g.row.at for g in group], torch.tensor(columns, device=self.device) - part.start
-    whole = rows == list(range(len(rows)))   # then nothing of the cache need be gathered
-    logits = self.forward(slice(len(rows)) if whole else torch.tensor(rows, device=self.device), *self._pad(group, part, used), keep)   # (P, K, V)
-    return {(row, end): logits[p, columns.index(end)] for p, row, end in wanted}
+    ends = [sorted({end for end in g.ends if part.start <= end < part.stop}) for g in group]
+    wanted = torch.zeros(len(group), part.stop - part.start, dtype=torch.bool)
+    for p, columns in enumerate(ends): wanted[p, [end - part.start for end in columns]] = True
+    if not wanted.any(): wanted[max(range(len(group)), key=lambda p: len(group[p])), 0] = True   # a model makes logits of one token at least
+    sizes = [(len(g.ids[part]), g.row.book.used) for g in group]
+    logits = self.forward([g.row.at for g in group], *self._pad(group, part, used), sizes, wanted.to(self.device))   # (W, V)
+    return dict(zip([(g.row.at, end) for g, columns in zip(group, ends) for end in columns], logits))
 
 # %% ../nbs/12c_reader.ipynb #366178b1
 @patch
@@ -128,20 +146,9 @@ def step(
     tokens = [[live.ids[-1], live.position, live.slots[-1]] for *_, live in lives]
     for *_, live in lives: live.position += 1
     p, b = [row.at for row, *_ in lives], [lane for _, lane, _ in lives]
-    grid = self._blank(len(rows), width)
-    grid[:, p, b] = torch.tensor(tokens).T
+    grid, wanted = self._blank(len(rows), width), torch.zeros(len(rows), width, dtype=torch.bool)
+    grid[:, p, b], wanted[p, b] = torch.tensor(tokens).T, True
     self.lanes.mask[p, b, [slot for *_, slot in tokens]] = 0
-    return self._logits(grid.to(self.device), used, [len(row.live) for row in rows])[p, b]
-
-# %% ../nbs/12c_reader.ipynb #402a1959
-@patch
-def _logits(self:Reader, grid, used, lives):
-    "(P, B, V) logits of a step, in one pass, or in two where that saves enough padding; `lives` counts each problem's branches."
-    P, B = grid.shape[1:]
-    mask, several = self.lanes.mask[:P, :B, :used], [p for p, n in enumerate(lives) if n > 1]
-    saved = (P - len(several)) * (B - 1)
-    if not several or saved < self.worth: return self.forward(slice(P), grid, mask)
-    first = self.forward(slice(P), grid[:, :, :1], mask[:, :1])                   # (P, 1, V)
-    logits = torch.cat([first, first.new_zeros(P, B - 1, first.shape[2])], 1)     # (P, B, V)
-    logits[several, 1:] = self.forward(torch.tensor(several), grid[:, several, 1:], mask[several, 1:])
-    return logits
+    sizes = [(len(row.live), row.book.used) for row in rows]
+    mask = self.lanes.mask[:len(rows), :width, :used]
+    return self.forward([row.at for row in rows], grid.to(self.device), mask, sizes, wanted.to(self.device))
