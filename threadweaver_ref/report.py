@@ -59,7 +59,7 @@ class Report:
     @property
     def families(self): return list(dict.fromkeys(r["family"] for r in self.rows))
     def of(self, family): return Report([r for r in self.rows if r["family"] == family], self.about)
-    def __repr__(self): return f"Report({len(self.rows)} problems, {sum(bool(r['correct']) for r in self.rows)} correct)"
+    def __repr__(self): return f"Report({len(self.rows)} problems, {round(sum(r['correct'] for r in self.rows), 1):g} correct)"
 
 def read_lines(path) -> list:
     "The objects of a file, `.jsonl` or `.jsonl.gz`; a last line that was cut off is left out. Raises `ValueError` for another line that is not JSON."
