@@ -24,11 +24,14 @@ def runtime() -> set:
 
 
 def imports(path):
-    "Top-level names of the modules that a notebook's code cells import."
+    "Top-level names of the modules that a notebook's code cells import; not of those that may be missing (`except ImportError`)."
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] != "code": continue
         code = re.sub(r"^(\s*)[!%].*$", r"\1pass", "".join(cell["source"]), flags=re.MULTILINE)
-        for node in ast.walk(ast.parse(code)):
+        tree = ast.parse(code)
+        tried = [t for t in ast.walk(tree) if isinstance(t, ast.Try) and any(getattr(h.type, "id", "") == "ImportError" for h in t.handlers)]
+        optional = {id(node) for t in tried for statement in t.body for node in ast.walk(statement)}
+        for node in (n for n in ast.walk(tree) if id(n) not in optional):
             if isinstance(node, ast.Import): yield from (a.name.partition(".")[0] for a in node.names)
             elif isinstance(node, ast.ImportFrom) and not node.level: yield node.module.partition(".")[0]
 
@@ -42,9 +45,10 @@ def test_a_notebook_imports_what_the_package_brings(path):
 
 
 def test_what_dev_alone_brings_is_seen(tmp_path):
-    cell = {"cell_type": "code", "source": ["if 1:\n", "    !ls\n", "    import pytest\n", "from torch.nn import Linear"]}
+    cell = {"cell_type": "code", "source": ["if 1:\n", "    !ls\n", "    import pytest\n", "from torch.nn import Linear\n",
+                                            "try: import a\n", "except ImportError: import b\n", "try: import c\n", "except ValueError: pass"]}
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [cell]}))
-    assert set(imports(tmp_path / "a.ipynb")) == {"pytest", "torch"} and {"torch", "tokenizers"} <= runtime()
+    assert set(imports(tmp_path / "a.ipynb")) == {"pytest", "torch", "b", "c"} and {"torch", "tokenizers"} <= runtime()
     assert not {"pytest", "hypothesis", "trl", "nbdev"} & runtime()
 
 

@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from .decode import DecodeConfig, generate
 from .forkjoin import Limits
+from .rows import reads_by_rows
 from .scoring import check_model
 from .tokenizer import encode_text
 
@@ -167,7 +168,7 @@ def branch_passes(
     hook = Widen(tokenizer, branches, model.get_output_embeddings().weight.shape[0], next(model.parameters()).device)
     most = len(hook.block) + (branches + 1) * (turns + 1) if branches > 1 else turns + 1   # every thread gets one share, the main thread another
     limits = Limits(max_threads=max(2, branches), max_tokens=most, max_thread_tokens=turns + 1)
-    check_model(model)   # its own passes do not count
+    check_model(model), reads_by_rows(model)   # asked once; their own passes do not count
     with watched(model) as passes:
         generate(model, tokenizer, [encode_text(tokenizer, "1" * prefix)], DecodeConfig(hook=hook, limits=limits))
     return [p for p in passes[1:] if p.queries == (1, branches)]   # the first one reads the question
