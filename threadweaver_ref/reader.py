@@ -27,7 +27,7 @@ class Reader:
         first = next(model.parameters())
         self.model, self.device, self.dtype, self.stats = model, first.device, first.dtype, stats
         self.cache, self.lanes = FlatCache(rows, 256), Lanes(rows, 256, self.dtype, self.device)
-        self.padded = first.device.type != "cpu" or not reads_by_rows(model)   # on a GPU one call for all rows is faster than one each
+        self.padded = first.device.type != "cpu" or not reads_by_rows(model)   # on a GPU a call for each row is a kernel to launch (not measured)
         for name in ("forwards", "prefill_tokens"): stats.setdefault(name, 0)
         for name in ("prefill_seconds", "forward_seconds"): stats.setdefault(name, 0.0)
 
