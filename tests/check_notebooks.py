@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from threadweaver_ref.results import shown
+
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"cli.py"}   # modules that no notebook makes
 
@@ -35,14 +37,14 @@ def debris(path) -> list:
 
 
 def stale_readme() -> list:
-    "Text of `index.ipynb` that README.md lacks."
+    "Text and results of `index.ipynb` that README.md lacks."
     readme, found = (ROOT / "README.md").read_text(encoding="utf-8"), []
-    for cell in json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
+    index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
+    texts = [s for s in shown(index, "index") if isinstance(s.content, str)]
+    found += [f"README.md lacks {s.name} of index.ipynb, a result (run make readme)" for s in texts if s.content.strip() not in readme]
+    for cell in index["cells"]:
         text = re.sub(r"\]\(([0-9a-z_]+\.ipynb)\)", r"](nbs/\1)", "".join(cell["source"])).replace("](../", "](").strip()
         if cell["cell_type"] == "markdown" and text not in readme: found.append(f"README.md lacks {text[:60]!r} of index.ipynb (run make readme)")
-        for output in cell.get("outputs", []):   # a result that is shown as text
-            text = "".join(output.get("data", {}).get("text/markdown", "")).strip()
-            if text not in readme: found.append(f"README.md lacks the result {text[:60]!r} of index.ipynb (run make readme)")
     return found
 
 

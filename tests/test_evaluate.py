@@ -215,7 +215,7 @@ def test_runs_take_turns_and_each_is_first_as_often(monkeypatch):
     rows = in_turn(runs, problems, batch=2, progress=False)
     assert "".join(n for n, _ in asked) == "abc" "bca" "cab" "abc"
     assert [q for n, q in asked if n == "b"] == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]
-    assert rows == [{"question": str(i), "family": "f" if i % 2 else "mine", "a": 1, "b": 2, "c": 4} for i in range(8)]
+    assert rows == [{"question": str(i), "family": "f" if i % 2 else "mine", "turn": i // 2, "a": 1, "b": 2, "c": 4} for i in range(8)]
     assert times_faster(rows, "a", "c") == (4, 4, 4)
 
 

@@ -254,6 +254,12 @@ def test_times_faster():
     assert times_faster(rows, "fast", "slow") == bootstrap([2, 3]) and times_faster(rows, "slow", "slow") == (1, 1, 1)
 
 
+def test_what_was_timed_together_is_one_time():
+    "Two portions of five problems each are two values, not ten."
+    rows = [{"turn": turn, "slow": slow, "fast": 1} for turn, slow in ((0, 2), (1, 4)) for _ in range(5)]
+    assert times_faster(rows, "fast", "slow") == bootstrap([2, 4])
+
+
 # ---- tables
 
 def test_numbers_in_words():

@@ -133,7 +133,9 @@ def evaluate(
     reports = evaluate_all(runs, [p for ps in families.values() for p in ps], out, about)
     for name, report in reports.items(): typer.echo(f"\n{name}:\n\n{plain_table(report.table())}")
     if len(reports) > 1: typer.echo(f"\n{plain_table(reports_table(reports, next(iter(reports))))}\n")
-    if timed: typer.echo("\n".join(time_all(runs, [p for ps in families.values() for p in ps[:timed]], sorted({1, batch}), out, about)))
+    if not timed: return
+    mixed = [p for some in zip(*(ps[:timed] for ps in families.values())) for p in some]   # a batch has problems of every family
+    typer.echo("\n".join(time_all(runs, mixed, sorted({1, batch}), out, about)))
 
 
 @app.command()

@@ -108,7 +108,7 @@ def in_turn(
     batch=1,         # problems at a time
     progress=True,
 ) -> list:
-    "Seconds a problem of every run: rows with `question`, `family` and one field a run, of each portion its mean. The order rotates."
+    "Seconds a problem of every run: rows with `question`, `family`, `turn` and one field a run, the mean of its portion. The order rotates."
     rows, names = [], list(runs)
     for turn, at in enumerate(tqdm(range(0, len(problems), batch), desc=f"{batch} at a time", disable=not progress, leave=False)):
         some, found = problems[at:at + batch], {}
@@ -117,7 +117,7 @@ def in_turn(
             began = time.perf_counter()
             generate(model, tokenizer, [p.question for p in some], config)
             found[name] = (time.perf_counter() - began) / len(some)
-        rows += [{"question": p.question, "family": p.family or p.domain, **{n: round(s, 5) for n, s in found.items()}} for p in some]
+        rows += [{"question": p.question, "family": p.family or p.domain, "turn": turn, **{n: round(s, 5) for n, s in found.items()}} for p in some]
     return rows
 
 def time_all(runs, problems, batches=(1, 64), out=None, about=None) -> list:

@@ -157,8 +157,9 @@ def _averaged(rows):
 
 # %% ../nbs/19b_report.ipynb #89f86c2f
 def times_faster(rows, name, baseline) -> tuple:
-    "(ratio, low, high): the baseline's seconds over those of a run, problem by problem, a mean with its bootstrap interval."
-    return bootstrap([r[baseline] / r[name] for r in rows])
+    "(ratio, low, high): the baseline's seconds over those of a run, a mean with its bootstrap interval. What was timed in one `turn` counts once."
+    portions = {r.get("turn", i): r for i, r in enumerate(rows)}.values()
+    return bootstrap([r[baseline] / r[name] for r in portions])
 
 # %% ../nbs/19b_report.ipynb #cf257d9a
 def number(value, form=".0f") -> str:

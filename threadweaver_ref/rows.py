@@ -13,7 +13,7 @@ import torch
 from transformers import AttentionInterface
 
 from .cache import FlatCache
-from .scoring import additive, few_logits
+from .scoring import additive, agree, few_logits
 
 # %% ../nbs/11b_rows.ipynb #a6c96946
 class Part(NamedTuple):
@@ -85,9 +85,7 @@ def _trial(model):
 def _same_by_rows(model):
     try: found, plain = _trial(model)
     except Exception: return False   # it has another attention in mind, whatever it says of it
-    off, spread = (found - plain).abs(), max(1.0, float(plain.std(-1).mean()))
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    return bool(off.max() < 2e-4 * spread if exact else off.mean() < .1 * spread)
+    return agree(found.log_softmax(-1), plain.log_softmax(-1), model)
 
 def reads_by_rows(model) -> bool:
     "Can the model read without padding? It must attend by sdpa, and say the same as without the trick. A model is asked once."
