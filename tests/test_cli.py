@@ -65,6 +65,7 @@ def test_solve_reads_a_file(run, tmp_path):
     (["evaluate", "--domain", "cards"], ["cards", "programs, schoolbook"]),
     (["evaluate", "--domain", "schoolbook", "--split", "test"], ["schoolbook keeps no test problems: choose dev"]),
     (["evaluate", "--split", "held"], ["unknown split 'held': choose train, dev or test"]),
+    (["load", "--out", __file__ + "/x"], [__file__]),
     (["evaluate", "--mode", "quick"], ["quick", "parallel, sequential, autoregressive"]),
     (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, schoolbook"]),
     (["gpu", "--out", __file__], [__file__]),
@@ -123,7 +124,7 @@ def test_warnings_are_shown_once(run, monkeypatch):
 def test_a_training_that_cannot_be_saved(run, monkeypatch, tmp_path, error, line):
     def fail(*args): raise error
     monkeypatch.setattr("threadweaver_ref.recipes.train_recipe", lambda *args, **options: (None, None, []))
-    monkeypatch.setattr("threadweaver_ref.model.save_policy", fail)
+    monkeypatch.setattr("threadweaver_ref.recipes.save_policy", fail)
     code, out, err = run("train", "schoolbook-base", "--runs", str(tmp_path))
     assert code == 2 and not out and line in err and len(err.splitlines()) == 1
 
@@ -230,6 +231,16 @@ def test_a_stopped_evaluate_goes_on_and_another_one_is_refused(evaluated, tmp_pa
     assert code == 0 and plain(path.read_text()) == plain(whole) and len(plain(whole)) == 5
     code, out, err, _ = evaluated("--mode", "sequential", "--policy", "schoolbook-sft", "--join", "kv")
     assert code == 2 and not out and err.count("holds another report, its join differs: choose another file, or remove it") == 1
+
+
+def test_load_keeps_its_rows_and_shows_ratios(run, tmp_path, little):
+    code, out, _ = run("load", "--policy", "schoolbook-sft", "--domain", "little", "--problems", "1", "--size", "2", "--turns", "1", "--out",
+                       str(tmp_path / "out"))
+    about, *rows = (json.loads(line) for line in (tmp_path / "out" / "load.jsonl").read_text().splitlines())
+    assert code == 0 and about["command"] == ("threadweaver-ref load --policy schoolbook-sft --domain little --split dev --problems 1 --size 2 "
+                                              "--turns 1 --out out")
+    assert [(r["way"], r["family"]) for r in rows] == [(w, f) for w in ("sequential", "parallel", "regulated") for f in ("sums", "chain")]
+    assert "throughput / sequential" in out and out.count("100.0%") == 2
 
 
 def test_policies_of_the_same_name_are_told_apart(evaluated, tmp_path):

@@ -32,9 +32,8 @@ def _questions(question, file):
     none = "no question: give one as an argument, with --file, or on standard input"
     if not question and not file and sys.stdin.isatty(): raise ValueError(none)
     lines = _lines_of(file.read_bytes(), file) if file else _lines_of(sys.stdin.buffer.read(), "standard input")
-    found = [line.strip() for line in lines if line.strip()]
-    if not found: raise ValueError(none)
-    return found
+    if found := [line.strip() for line in lines if line.strip()]: return found
+    raise ValueError(none)
 
 
 @app.command()
@@ -59,8 +58,7 @@ def solve(
     config = DecodeConfig(mode=mode, join=join, temperature=temperature, seed=seed, deadline=deadline)
     model, tokenizer = load_policy(policy)
     with warnings.catch_warnings(record=True) as said: rollouts = generate(model, tokenizer, questions, config)
-    noted = [w for r in rollouts for w in r.warnings] + [str(w.message) for w in said]
-    for line in dict.fromkeys(noted): typer.echo(f"warning: {line}", err=True)
+    for line in dict.fromkeys([w for r in rollouts for w in r.warnings] + [str(w.message) for w in said]): typer.echo(f"warning: {line}", err=True)
     for r in rollouts:
         if as_json: typer.echo(json.dumps(rollout_data(r), ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
         else: typer.echo("\n".join([r.question, *trajectory_lines(r.trajectory), _summary(r)]) + "\n")
@@ -100,8 +98,8 @@ def demo(
     typer.echo(f"\nboth modes, one problem at a time:\n\n{plain_table(reports_table(reports, 'sequential'))}\n")
     show_timeline(sides[1].rollout).figure.savefig(out / "timeline.png", dpi=120)
     about = provenance(f"threadweaver-ref demo --problems {problems} --policy {public_path(policy)} --domain {domain}", seed=0)
-    raced = {s.name: {**rollout_data(s.rollout), "seconds": s.seconds} for s in sides}
-    _save(out / "demo.json", {**about, "reports": {mode: r.rows for mode, r in reports.items()}, "race": raced})
+    found = {"reports": {m: r.rows for m, r in reports.items()}, "race": {s.name: {**rollout_data(s.rollout), "seconds": s.seconds} for s in sides}}
+    (out / "demo.json").write_text(json.dumps({**about, **found}, indent=1) + "\n")
     typer.echo(f"saved {out}/race.svg, {out}/timeline.png and {out}/demo.json")
 
 
@@ -139,6 +137,29 @@ def evaluate(
 
 
 @app.command()
+def load(
+    policy: str = typer.Option(POLICY, help="a shipped policy, a folder, or a hub name"),
+    domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
+    split: str = typer.Option("dev", help="dev, or test (measured for a release only)"),
+    problems: int = typer.Option(52, help="of each family", min=1),
+    size: list[int] = typer.Option([1, 2, 4, 8, 16, 32, 64], help="problems in the works, all the time", min=1),
+    turns: int = typer.Option(3, help="measurements of each size and way", min=1),
+    out: Path = typer.Option(..., help="folder for load.jsonl; a stopped run goes on there"),
+):
+    "Throughput and latency while many problems wait: without forks, with forks, and with a width regulated by load."
+    from threadweaver_ref.domains import split_problems
+    from threadweaver_ref.evaluate import provenance, public_path
+    from threadweaver_ref.load import load_table, under_load
+    from threadweaver_ref.model import load_policy
+    from threadweaver_ref.report import plain_table
+    mixed = [p for some in zip(*split_problems(domain, split, problems).values()) for p in some]
+    _writable(out / "load.jsonl")
+    given = f"--policy {public_path(policy)} --domain {domain} --split {split} --problems {problems} {' '.join(f'--size {n}' for n in size)}"
+    about = provenance(f"threadweaver-ref load {given} --turns {turns} --out {public_path(out)}", seed=0)
+    typer.echo(plain_table(load_table(under_load(*load_policy(policy), mixed, size, turns, out / "load.jsonl", about))))
+
+
+@app.command()
 def gpu(
     out: Path = typer.Option(..., help="folder for one JSON file a part"),
     part: Optional[list[str]] = typer.Option(None, help="cuda, steps, packing or pgrpo; default: all"),
@@ -158,9 +179,6 @@ def _writable(path):
     if new: path.unlink(missing_ok=True)   # several processes may try at once
 
 
-def _save(path, result): path.write_text(json.dumps(result, indent=1) + "\n")
-
-
 @app.command()
 def train(
     name: str = typer.Argument(..., help="a recipe of data/recipes, such as tiny-sft, or the path of a .yaml file"),
@@ -171,7 +189,7 @@ def train(
     processes: int = typer.Option(1, help="processes that share every step; on a CPU one a core is fastest", min=1),
 ):
     "Train a policy by a recipe, or continue where a run was stopped."
-    from threadweaver_ref.recipes import load_recipe, train_recipe
+    from threadweaver_ref.recipes import load_recipe, save_trained, train_recipe
     recipe = load_recipe(name)   # once, not by every process
     if seed: runs = runs / f"seed-{seed}"
     folder, first = out or runs / recipe.name / "policy", "RANK" not in os.environ
@@ -179,25 +197,10 @@ def train(
         if first: _writable(folder / "config.json")
         if first and processes > 1: _in_processes(processes)
         model, tokenizer, _ = train_recipe(name, runs, **({"steps": steps} if steps else {}), **({"seed": seed} if seed else {}))
-        _save_trained(model, tokenizer, folder)
+        if saved := save_trained(model, tokenizer, folder): typer.echo(f"saved {' and '.join(map(str, saved))}")
     except KeyboardInterrupt:
         if first: typer.echo(f"stopped: the same command continues from the last checkpoint under {runs}", err=True)
         raise typer.Exit(130) from None
-
-
-def _save_trained(model, tokenizer, folder):
-    "Save what a recipe trained; of one with an adapter also the merged model, in a second folder."
-    from accelerate import PartialState
-    from peft import PeftModel
-
-    from threadweaver_ref.model import merge_lora, save_policy
-    if not PartialState().is_main_process: return
-    folders = [folder]
-    save_policy(model, tokenizer, folder)
-    if isinstance(model, PeftModel):   # the first folder holds the adapter alone
-        folders.append(folder.with_name(folder.name + "-merged"))
-        save_policy(merge_lora(model), tokenizer, folders[1])
-    typer.echo(f"saved {' and '.join(map(str, folders))}")
 
 
 def _in_processes(n):
@@ -214,10 +217,9 @@ def domains():
     "The domains and their families of problems, each with an example, its answer, and what forking could gain."
     from threadweaver_ref.domains import best_flat, domain_names, split_problems
     for domain in domain_names():
-        for name, (problem,) in split_problems(domain, "dev", 1).items():
-            typer.echo(f"{domain}, {name}: {problem.question} -> {problem.answer}")
-            said = "   token latency {0.sequential} without forks, {0.best} in the best flat schedule"
-            if problem.steps: typer.echo(said.format(best_flat(problem)))
+        for name, (p,) in split_problems(domain, "dev", 1).items():
+            typer.echo(f"{domain}, {name}: {p.question} -> {p.answer}")
+            if p.steps: typer.echo("   token latency {0.sequential} without forks, {0.best} in the best flat schedule".format(best_flat(p)))
 
 
 @app.command()
