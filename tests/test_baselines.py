@@ -8,8 +8,8 @@ import torch
 from helpers import tiny
 
 from threadweaver_ref import baselines as room
-from threadweaver_ref.baselines import (SAMPLED, FixedFork, RandomFork, Thought, best_of_n, consensus_stop, decompose, fixed_fork, random_fork,
-                                        samples, self_consistency, tree_of_thoughts)
+from threadweaver_ref.baselines import (BASELINES, SAMPLED, FixedFork, RandomFork, Thought, best_of_n, consensus_stop, decompose, find_way,
+                                        fixed_fork, random_fork, samples, self_consistency, tree_of_thoughts)
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.model import load_policy
@@ -159,6 +159,22 @@ def test_random_forks_begin_where_steps_do_and_are_no_neighbours_business(policy
 
 def test_hooks_can_be_named_in_a_config():
     assert DecodeConfig(hook=FixedFork(CHAR, 2)) == DecodeConfig(hook=FixedFork(CHAR, 2)) != DecodeConfig(hook=RandomFork(CHAR))
+
+
+# ---- by name
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_has_a_name(policy, name):
+    config, answer = find_way(name, "kv", 3)
+    assert (config.join, config.batch) == ("kv", 3) and (config.temperature > 0) == (config.mode == "sequential")
+    found = answer(*policy, QUESTIONS[:1], replace(config, limits=Limits(max_tokens=40)))
+    assert [r.question for r in found] == QUESTIONS[:1]
+    if name[-1].isdigit() and "fork" not in name: assert found[0].total_tokens > 2 * found[0].token_latency > 0
+
+
+def test_modes_have_theirs_and_nothing_else_has():
+    assert find_way("sequential", batch=2) == (DecodeConfig("sequential", batch=2), None)
+    with pytest.raises(ValueError, match="unknown mode 'best-of-9': choose one of .*parallel.*best-of-4"): find_way("best-of-9")
 
 
 # ---- where the speed comes from

@@ -241,6 +241,17 @@ def test_real_seconds():
     assert all(r["sequential"] > 0 and r["parallel"] > 0 for r in rows) and [r["family"] for r in rows] == ["loops"] * 2
 
 
+def test_a_baseline_is_measured_and_timed_like_a_mode(monkeypatch):
+    asked = []
+    def answer(model, tokenizer, questions, config):
+        asked.append(len(questions))
+        return generate(model, tokenizer, questions, config)
+    monkeypatch.setattr(room, "generate", None)   # plain decoding is not asked
+    runs = {"mine": (MODEL, CHAR, SHORT, answer)}
+    assert len(evaluate_all(runs, PROBLEMS)["mine"].rows) == 5 and [*in_turn(runs, PROBLEMS, 3, False)[0]][-1] == "mine"
+    assert asked == [2, 2, 1, 3, 2]
+
+
 # ---- where a number comes from
 
 def test_a_rollout_as_plain_data():

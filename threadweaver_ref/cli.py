@@ -109,22 +109,21 @@ def evaluate(
     domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
     split: str = typer.Option("dev", help="dev, or test (measured for a release only)"),
     problems: int = typer.Option(100, help="of each family", min=1),
-    mode: list[str] = typer.Option(["sequential", "parallel"], help="parallel, sequential or autoregressive; each policy in every one of them"),
+    mode: list[str] = typer.Option(["sequential", "parallel"], help="of decoding, or a baseline such as best-of-4; each policy in every one"),
     timed: int = typer.Option(0, help="of each family, so many are timed as well, all in turn, one at a time and in batches", min=0),
     batch: int = typer.Option(64, help="problems decoded together", min=1),
     join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
     out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a policy and mode; a stopped run goes on there"),
 ):
     "Accuracy with intervals, token latency, regret and seconds; every problem's own row is kept."
-    from threadweaver_ref.decode import DecodeConfig
     from threadweaver_ref.domains import split_problems
-    from threadweaver_ref.evaluate import evaluate_all, policy_name, provenance, public_path, time_all
+    from threadweaver_ref.evaluate import evaluate_all, find_way, policy_name, provenance, public_path, time_all
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.report import plain_table, reports_table
     families, names = split_problems(domain, split, problems), {p: policy_name(p) for p in policy}
     if len({*names.values()}) < len(names): raise ValueError(f"several policies are called {names[policy[0]]!r}: measure one at a time")
     if out: _writable(out / "x.jsonl")
-    runs = {f"{names[p]}-{m}": (*loaded, DecodeConfig(m, join, batch=batch)) for p in policy for loaded in [load_policy(p)] for m in mode}
+    runs = {f"{names[p]}-{m}": (*loaded, *find_way(m, join, batch)) for p in policy for loaded in [load_policy(p)] for m in mode}
     given = [*(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode), f"--batch {batch} --join {join} --timed {timed}"]
     given += [f"--out {public_path(out)}"] if out else []
     about = provenance(f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}", seed=0)

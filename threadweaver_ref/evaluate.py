@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['problem_row', 'evaluate', 'evaluate_all', 'in_turn', 'time_all', 'rollout_data', 'public_path', 'policy_name',
            'provenance', 'Report', 'arranged', 'average', 'bootstrap', 'read_lines', 'read_report', 'reports_table',
-           'schedule_latencies', 'times_faster', 'wilson', 'best_of_n', 'consensus_stop', 'decompose', 'fixed_fork',
-           'random_fork', 'self_consistency', 'tree_of_thoughts']
+           'schedule_latencies', 'times_faster', 'wilson', 'best_of_n', 'consensus_stop', 'decompose', 'find_way',
+           'fixed_fork', 'random_fork', 'self_consistency', 'tree_of_thoughts']
 
 # %% ../nbs/20_evaluate.ipynb #8c7bc063
 import datetime
@@ -24,7 +24,7 @@ import transformers
 from tqdm.auto import tqdm
 
 import threadweaver_ref
-from .baselines import (best_of_n, consensus_stop, decompose, fixed_fork, random_fork, self_consistency,
+from .baselines import (best_of_n, consensus_stop, decompose, find_way, fixed_fork, random_fork, self_consistency,
                                         tree_of_thoughts)
 from .checkpoint import describe, digest, settings_of
 from .decode import DecodeConfig, default_seeds, generate
@@ -36,7 +36,7 @@ from .rollout import all_forks
 from .tokenizer import control_ids
 
 _all_ = ["Report", "arranged", "average", "bootstrap", "read_lines", "read_report", "reports_table", "schedule_latencies", "times_faster",
-         "wilson", "best_of_n", "consensus_stop", "decompose", "fixed_fork", "random_fork", "self_consistency",
+         "wilson", "best_of_n", "consensus_stop", "decompose", "find_way", "fixed_fork", "random_fork", "self_consistency",
          "tree_of_thoughts"]   # of the rooms above
 
 # %% ../nbs/20_evaluate.ipynb #7d07a9de
@@ -89,33 +89,36 @@ def evaluate(
     return report
 
 def evaluate_all(
-    runs: dict,     # name -> (model, tokenizer, `DecodeConfig`)
+    runs: dict,     # name -> (model, tokenizer, `DecodeConfig`), and a baseline if it is one
     problems: list,
     out=None,       # a folder: `NAME.jsonl` for every run
     about=None,     # for the first line of each
 ) -> dict:
     "Name -> `Report` of every run, on the same problems. Raises `ValueError` as `evaluate` does."
     def kept(name): return Path(out) / f"{name}.jsonl" if out else None
-    return {name: evaluate(*run[:2], problems, run[2], kept(name), {**(about or {}), "run": name}) for name, run in runs.items()}
+    return {name: evaluate(model, tokenizer, problems, config, kept(name), {**(about or {}), "run": name}, answer=answer)
+            for name, (model, tokenizer, config, answer) in _four(runs).items()}
+
+def _four(runs): return {name: (*run, None)[:4] for name, run in runs.items()}
 
 def _append(out, rows):
     with open(out, "a", encoding="utf-8") as file: file.write("".join(json.dumps(r) + "\n" for r in rows))
 
 # %% ../nbs/20_evaluate.ipynb #e52a176c
 def in_turn(
-    runs: dict,      # name -> (model, tokenizer, `DecodeConfig`)
+    runs: dict,      # as for `evaluate_all`
     problems: list,
     batch=1,         # problems at a time
     progress=True,
 ) -> list:
     "Seconds a problem of every run: rows with `question`, `family`, `turn` and one field a run, the mean of its portion. The order rotates."
-    rows, names = [], list(runs)
+    rows, names, runs = [], list(runs), _four(runs)
     for turn, at in enumerate(tqdm(range(0, len(problems), batch), desc=f"{batch} at a time", disable=not progress, leave=False)):
         some, found = problems[at:at + batch], {}
         for name in names[turn % len(names):] + names[:turn % len(names)]:
-            model, tokenizer, config = runs[name]
+            model, tokenizer, config, answer = runs[name]
             began = time.perf_counter()
-            generate(model, tokenizer, [p.question for p in some], config)
+            (answer or generate)(model, tokenizer, [p.question for p in some], config)
             found[name] = (time.perf_counter() - began) / len(some)
         rows += [{"question": p.question, "family": p.family or p.domain, "turn": turn, **{n: round(s, 5) for n, s in found.items()}} for p in some]
     return rows
