@@ -62,12 +62,12 @@ def test_solve_reads_a_file(run, tmp_path):
     (["train", "giant"], ["giant", "schoolbook-base", "schoolbook-sft"]),
     (["train", "schoolbook-base", "--out", __file__ + "/x"], [__file__]),
     (["evaluate", "--out", __file__ + "/x.json"], [__file__]),
-    (["evaluate", "--domain", "cards"], ["cards", "programs, schoolbook"]),
+    (["evaluate", "--domain", "cards"], ["cards", "programs, loops, schoolbook"]),
     (["evaluate", "--domain", "schoolbook", "--split", "test"], ["schoolbook keeps no test problems: choose dev"]),
     (["evaluate", "--split", "held"], ["unknown split 'held': choose train, dev or test"]),
     (["load", "--out", __file__ + "/x"], [__file__]),
     (["evaluate", "--mode", "quick"], ["quick", "parallel, sequential, autoregressive"]),
-    (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, schoolbook"]),
+    (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, loops, schoolbook"]),
     (["gpu", "--out", __file__], [__file__]),
     (["gpu", "--out", "OUT", "--part", "bench"], ["bench", "cuda, steps, packing, pgrpo"]),
     (["demo", "--out", __file__], [__file__]),
@@ -167,7 +167,7 @@ def test_domains(run):
     assert code == 0
     for name in ("gsm8k", "sums", "chain", "product", "nested"): assert f"schoolbook, {name}: " in out
     for name in ("wide", "quick", "chain", "mixed", "nested"): assert f"programs, {name}: " in out
-    assert out.count("in the best flat schedule") == 10
+    assert out.count("in the best flat schedule") == 16 and out.count("loops, ") == 6 and "loops: 36 families more\n" in out
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_evaluate_keeps_a_row_a_problem_and_names_its_command(evaluated, tmp_pat
         about, *rows = files[f"schoolbook-sft-{mode}.jsonl"]
         assert about["settings"]["mode"] == mode and about["run"] == f"schoolbook-sft-{mode}" and str(tmp_path) not in json.dumps(about)
         assert about["command"] == ("threadweaver-ref evaluate --domain little --split dev --problems 2 --policy schoolbook-sft --mode sequential "
-                                    "--mode parallel --batch 3 --join concat --timed 1 --out out")
+                                    "--mode parallel --batch 3 --join concat --timed 1 --longest 4096 --out out")
         assert [r["family"] for r in rows] == ["sums"] * 2 + ["chain"] * 2 and all(r["correct"] for r in rows)
         assert all((r["forks"] > 0) == (mode == "parallel" and r["family"] == "sums") for r in rows)
     for batch in (1, 3):

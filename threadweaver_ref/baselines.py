@@ -15,7 +15,7 @@ import torch
 
 from .decode import DecodeConfig, Rollout, generate
 from .domains import extract_answer
-from .forkjoin import MODES
+from .forkjoin import MODES, Limits
 from .sampling import stream_key, uniforms
 from .tokenizer import control_ids, encode_prompt, encode_text
 
@@ -202,11 +202,13 @@ def find_way(
     name,             # of a mode, or in `BASELINES`
     join="concat",
     batch=64,
+    longest=4096,     # tokens of an answer, of one sample
 ) -> tuple:
     "(its `DecodeConfig`, the baseline; None for a mode). Raises `ValueError` for an unknown name."
-    if name in BASELINES: return replace(BASELINES[name][0], join=join, batch=batch), BASELINES[name][1]
+    settings = {"join": join, "batch": batch, "limits": Limits(max_tokens=longest)}
+    if name in BASELINES: return replace(BASELINES[name][0], **settings), BASELINES[name][1]
     if name not in MODES: raise ValueError(f"unknown mode {name!r}: choose one of {', '.join([*MODES, *BASELINES])}")
-    return DecodeConfig(name, join, batch=batch), None
+    return DecodeConfig(name, **settings), None
 
 # %% ../nbs/19c_baselines.ipynb #1b355318
 def decompose(

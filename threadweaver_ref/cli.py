@@ -113,6 +113,7 @@ def evaluate(
     timed: int = typer.Option(0, help="of each family, so many are timed as well, all in turn, one at a time and in batches", min=0),
     batch: int = typer.Option(64, help="problems decoded together", min=1),
     join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
+    longest: int = typer.Option(4096, help="tokens of an answer, at the most", min=1),
     out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a policy and mode; a stopped run goes on there"),
 ):
     "Accuracy with intervals, token latency, regret and seconds; every problem's own row is kept."
@@ -123,9 +124,9 @@ def evaluate(
     families, names = split_problems(domain, split, problems), {p: policy_name(p) for p in policy}
     if len({*names.values()}) < len(names): raise ValueError(f"several policies are called {names[policy[0]]!r}: measure one at a time")
     if out: _writable(out / "x.jsonl")
-    runs = {f"{names[p]}-{m}": (*loaded, *find_way(m, join, batch)) for p in policy for loaded in [load_policy(p)] for m in mode}
-    given = [*(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode), f"--batch {batch} --join {join} --timed {timed}"]
-    given += [f"--out {public_path(out)}"] if out else []
+    runs = {f"{names[p]}-{m}": (*loaded, *find_way(m, join, batch, longest)) for p in policy for loaded in [load_policy(p)] for m in mode}
+    given = [*(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode), f"--batch {batch} --join {join} --timed {timed}",
+             f"--longest {longest}", *([f"--out {public_path(out)}"] if out else [])]
     about = provenance(f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}", seed=0)
     reports = evaluate_all(runs, [p for ps in families.values() for p in ps], out, about)
     for name, report in reports.items(): typer.echo(f"\n{name}:\n\n{plain_table(report.table())}")
@@ -214,11 +215,12 @@ def _in_processes(n):
 @app.command()
 def domains():
     "The domains and their families of problems, each with an example, its answer, and what forking could gain."
-    from threadweaver_ref.domains import best_flat, domain_names, split_problems
-    for domain in domain_names():
-        for name, (p,) in split_problems(domain, "dev", 1).items():
+    from threadweaver_ref.domains import best_flat, domain_names, draw_split, families_of
+    for domain, names in ((d, families_of(d)) for d in domain_names()):
+        for name, (p,) in ((name, draw_split(domain, "dev", 1, name)) for name in names[:6]):
             typer.echo(f"{domain}, {name}: {p.question} -> {p.answer}")
             if p.steps: typer.echo("   token latency {0.sequential} without forks, {0.best} in the best flat schedule".format(best_flat(p)))
+        if names[6:]: typer.echo(f"{domain}: {len(names) - 6} families more")
 
 
 @app.command()
