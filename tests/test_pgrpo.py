@@ -477,10 +477,24 @@ def test_every_problem_has_its_own_reference():
 
 
 def test_a_run_is_known_by_how_it_pays_not_by_its_references(tmp_path):
-    assert describe(Speedup({"a": 1}, .2, .1)) == "Speedup(rho=0.2, clip=0.1)" == describe(Speedup({}, .2, .1))
+    assert describe(Speedup({"a": 1}, .2, .1)) == "Speedup(rho=0.2, clip=0.1, until=None)" == describe(Speedup({}, .2, .1))
     known = {sum_of_products(pairs).question: 40 for pairs in ([(2, 3), (4, 5)], [(7, 8)], [(1, 9)])}
     for more in ({}, {"a": 1}): run(str(tmp_path), paid=Speedup({**known, **more}, .2))
     with pytest.raises(ValueError, match="with another reward: choose"): run(str(tmp_path), paid=Speedup(known, .3))
+
+
+def test_a_bonus_that_is_annealed(monkeypatch):
+    "It falls evenly and stays away; every step is paid by its own reward."
+    pay = Speedup({PROBLEM.question: 100}, rho=.5, clip=.25, until=4)
+    for latency, whole in ((80, .1), (20, .25), (900, -.25)):
+        assert [pay.at(step)(ended(PROBLEM, latency), PROBLEM) for step in range(6)] == pytest.approx(
+            [1 + whole * x for x in (1, .75, .5, .25, 0, 0)])
+    assert Speedup({}, .3).at(100) == Speedup({}, .3)
+    asked, (model, tokenizer) = [], learner()
+    class Paid:
+        def at(self, step): return lambda rollout, problem: asked.append(step) or float(len(asked) % 2)
+    train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], PGRPOConfig(steps=3, batch=1, group=2, limits=SHORT), Paid())
+    assert asked == [0, 0, 1, 1, 2, 2]
 
 
 def test_it_is_what_a_step_pays(monkeypatch):

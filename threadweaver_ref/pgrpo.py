@@ -10,7 +10,7 @@ __all__ = ['PGRPOConfig', 'modes', 'generate_shared', 'roll_out', 'banned_ids', 
 import math
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import torch
@@ -130,7 +130,8 @@ def _one_step(step, setup, tokenizer, problems, config, reward):
     chosen = step_problems(problems, step, config, random.Random(f"{config.seed} prompts {step}"))
     plain = accelerator.unwrap_model(setup.model, keep_fp32_wrapper=False)
     rollouts = roll_out(plain, tokenizer, chosen, config, step, accelerator.process_index, accelerator.num_processes)
-    rewards = _agree([[reward(r, p) for r in rollouts[i * G:(i + 1) * G]] for i, p in enumerate(chosen)])
+    paid = reward.at(step) if hasattr(reward, "at") else reward
+    rewards = _agree([[paid(r, p) for r in rollouts[i * G:(i + 1) * G]] for i, p in enumerate(chosen)])
     advantages, decoded = group_advantages(rewards, config.normalize), time.perf_counter()
     learned = learn(setup, rollouts, advantages, config, [banned_ids(tokenizer, config.join, mode) for mode in modes(chosen, config)])
     row = summary(rollouts, [p for p in chosen for _ in range(G)], rewards, advantages)
@@ -142,7 +143,7 @@ def train_pgrpo(
     tokenizer,
     problems,           # a list of `Problem`s, or a sampler `f(rng, step)` of them
     config=PGRPOConfig(),
-    reward=reward,      # `f(rollout, problem) -> float`
+    reward=reward,      # `f(rollout, problem) -> float`; with a method `at(step)`, that gives the function of a step
     on_step=None,       # called with (step, row of the log)
 ) -> list:
     """Train in place with P-GRPO (TW algorithm 1); returns the log, a list of rows. Resumes from `config.folder`.
@@ -176,6 +177,12 @@ class Speedup:
     references: dict = field(repr=False)   # by question: of `reference_latencies`
     rho: float = 0.5
     clip: float = 0.2
+    until: int | None = None   # the step from which there is no bonus; until then it falls evenly. None: it stays
+
+    def at(self, step):
+        "The reward of a step, from 0."
+        left = 1.0 if self.until is None else max(0.0, 1 - step / self.until)
+        return replace(self, rho=left * self.rho, clip=left * self.clip, until=None)
 
     def __call__(self, rollout, problem) -> float:
         return speedup_reward(rollout, problem, self.references[problem.question], self.rho, self.clip)

@@ -82,18 +82,17 @@ def _config(kind, settings):
     if "limits" in settings: settings = {**settings, "limits": Limits(**settings["limits"])}
     return CONFIGS[kind](**settings)
 
-def _reward(options):
-    "Eq. 7 with these options. Raises `ValueError` for others than rho and clip."
-    if unknown := [k for k in options if k not in ("rho", "clip")]: raise ValueError(f"unknown reward option {unknown[0]!r}: choose rho or clip")
-    return functools.partial(reward, **options)
+def _options(options, known):
+    if unknown := [k for k in options if k not in known]: raise ValueError(f"unknown reward option {unknown[0]!r}: choose {' or '.join(known)}")
+    return options
 
 def _paid(value):
     "(reward, options of `Speedup` or None) of `reward: {rho: .5}`, for eq. 7, or `reward: {speedup: {rho: .5}}`."
     if not isinstance(value, dict): raise ValueError(f"reward={value!r}: give options of eq. 7 such as {{rho: 0.5}}, or {{speedup: {{rho: 0.5}}}}")
-    if "speedup" not in value: return _reward(value), None
+    if "speedup" not in value: return functools.partial(reward, **_options(value, ("rho", "clip"))), None
     options = value["speedup"] or {}
     if len(value) > 1 or not isinstance(options, dict): raise ValueError(f"reward={value!r}: give {{speedup: {{rho: 0.5, clip: 0.2}}}}")
-    return reward, _reward(options).keywords
+    return reward, _options(options, ("rho", "clip", "until"))
 
 def _rollouts(value):
     if not isinstance(value, dict) or set(value) - {"questions", "group"}: raise ValueError(f"rollouts={value!r}: give {{questions: 256, group: 1}}")
