@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import TOKENIZERS, spied, tiny
+from peft import PeftModel
 
 from threadweaver_ref import evaluate as room
 from threadweaver_ref.checkpoint import digest
@@ -15,6 +16,7 @@ from threadweaver_ref.domains import Grouped, Problem, WheneverReady, split_prob
 from threadweaver_ref.evaluate import (evaluate, evaluate_all, in_turn, problem_row, provenance, public_path, rollout_data, self_consistency,
                                        time_all)
 from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.model import add_lora
 from threadweaver_ref.programs import parse
 from threadweaver_ref.replay import replay
 from threadweaver_ref.report import read_lines, read_report, schedule_latencies, text_length, times_faster
@@ -239,6 +241,19 @@ def test_seconds_of_every_size_of_batch_are_kept_and_compared(monkeypatch, tmp_p
 def test_real_seconds():
     rows = in_turn({m: (MODEL, CHAR, replace(SHORT, mode=m)) for m in ("sequential", "parallel")}, PROBLEMS[:2], progress=False)
     assert all(r["sequential"] > 0 and r["parallel"] > 0 for r in rows) and [r["family"] for r in rows] == ["loops"] * 2
+
+
+def test_adapters_are_merged_once_for_all_batches_and_turns(monkeypatch):
+    "And the report is of the policy with its adapters: the digest is theirs."
+    lora = add_lora(tiny("Qwen3", CHAR), r=2)
+    asked = spied(monkeypatch, room, "generate")
+    report = evaluate(lora, CHAR, PROBLEMS, SHORT, progress=False)
+    assert report.about["settings"]["policy"] == digest(lora)[:16]
+    assert plain(report.rows) == plain(run(model=lora, config=replace(SHORT, batch=1)).rows)
+    assert len({id(args[0]) for args, _ in asked[:3]}) == 1 and not any(isinstance(args[0], PeftModel) for args, _ in asked)
+    asked.clear()
+    in_turn({"a": (lora, CHAR, SHORT)}, PROBLEMS[:3], progress=False)
+    assert len(asked) == 3 and len({id(args[0]) for args, _ in asked}) == 1 and not isinstance(asked[0][0][0], PeftModel)
 
 
 def test_a_baseline_is_measured_and_timed_like_a_mode(monkeypatch):

@@ -222,6 +222,8 @@ def generate(
 ) -> list:
     """A `Rollout` for every question. What one samples depends on its seed alone, not on its neighbours (in half precision: but for noise).
 
+    A model with adapters is merged and checked anew by every call: for many calls, give `decoding_copy(model)`.
+
     Raises `ValueError` for a model that `check_model` refuses and for what is no question, `FloatingPointError` for logits that are no numbers.
     Warns of a question outside what the model says that it knows."""
     if isinstance(questions, str): raise ValueError("questions must be a list of strings, not one string")

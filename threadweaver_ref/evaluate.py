@@ -30,6 +30,7 @@ from .checkpoint import describe, digest, settings_of
 from .decode import DecodeConfig, default_seeds, generate
 from .domains import grade, write_rows
 from .joins import reprefilled
+from .model import decoding_copy
 from .report import (Report, arranged, average, bootstrap, read_lines, read_report, reports_table, schedule_latencies, spread,
                                      text_length, times_faster, wilson)
 from .rollout import all_forks
@@ -78,10 +79,11 @@ def evaluate(
     about = json.loads(json.dumps({**(about or {}), "settings": _settings(model, problems, config, answer)}))
     report = _continued(out, about) if out else Report([], about)
     seeds, length, control = default_seeds(config.seed, [p.question for p in problems]), text_length(tokenizer), control_ids(tokenizer)
+    merged = decoding_copy(model)   # once, not in every batch
     for at in tqdm(range(len(report.rows), len(problems), config.batch), desc=config.mode, disable=not progress, leave=False):
         some, began = problems[at:at + config.batch], time.perf_counter()
         how = (config,) if answer else (config, seeds[at:at + config.batch])
-        rollouts = (answer or generate)(model, tokenizer, [p.question for p in some], *how)
+        rollouts = (answer or generate)(merged, tokenizer, [p.question for p in some], *how)
         seconds = (time.perf_counter() - began) / len(some)
         rows = [problem_row(r, p, schedule_latencies(p, length), seconds, control) for r, p in zip(rollouts, some, strict=True)]
         if out: _append(out, rows)
@@ -99,7 +101,7 @@ def evaluate_all(
     return {name: evaluate(model, tokenizer, problems, config, kept(name), {**(about or {}), "run": name}, answer=answer)
             for name, (model, tokenizer, config, answer) in _four(runs).items()}
 
-def _four(runs): return {name: (*run, None)[:4] for name, run in runs.items()}
+def _four(runs): return {name: (*run, None)[:4] for name, run in runs.items()}   # a model, a tokenizer, settings, a baseline or None
 
 def _append(out, rows):
     with open(out, "a", encoding="utf-8") as file: file.write("".join(json.dumps(r) + "\n" for r in rows))
@@ -112,7 +114,7 @@ def in_turn(
     progress=True,
 ) -> list:
     "Seconds a problem of every run: rows with `question`, `family`, `turn` and one field a run, the mean of its portion. The order rotates."
-    rows, names, runs = [], list(runs), _four(runs)
+    rows, names, runs = [], list(runs), {name: (decoding_copy(model), *others) for name, (model, *others) in _four(runs).items()}
     for turn, at in enumerate(tqdm(range(0, len(problems), batch), desc=f"{batch} at a time", disable=not progress, leave=False)):
         some, found = problems[at:at + batch], {}
         for name in names[turn % len(names):] + names[:turn % len(names)]:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .checkpoint import digest, training_set
 from .decode import DecodeConfig, generate
 from .domains import grade, write_rows
+from .model import decoding_copy
 from .report import number, read_lines, spread
 
 # %% ../nbs/20d_load.ipynb #5a8bc0ae
@@ -69,7 +70,7 @@ def under_load(
     """`closed_loop` for every size and way, in turn; its rows with `size`, `turn` and `way`. Which way is first rotates.
 
     Raises `ValueError` for a file that was measured with another policy or other problems."""
-    ways, about = ways or WAYS, {**(about or {}), "policy": digest(model)[:16], "problems": training_set(problems)}
+    ways, about, model = ways or WAYS, {**(about or {}), "policy": digest(model)[:16], "problems": training_set(problems)}, decoding_copy(model)
     measured, names = _whole(out, about, problems), list(ways)
     for size, turn in tqdm([(s, t) for s in sizes for t in range(turns)], disable=not progress, leave=False):
         for way in names[turn % len(names):] + names[:turn % len(names)]:

@@ -7,6 +7,7 @@ __all__ = ['ATTENTION', 'additive', 'collate', 'plain', 'line_limit', 'agree', '
            'tree_logprobs', 'tree_mask_mod', 'tree_block_mask', 'block_kinds', 'forest', 'collate_blocks']
 
 # %% ../nbs/07_scoring.ipynb #a2593ee7
+import functools
 from dataclasses import replace
 from inspect import signature
 
@@ -146,6 +147,8 @@ def check_model(model):
     if model._tree_fault[1]: raise ValueError(f"a tree mask cannot serve {type(model).__name__}: {model._tree_fault[1]}")
 
 # %% ../nbs/07_scoring.ipynb #17a98de2
+_keeps = functools.cache(lambda kind: "logits_to_keep" in signature(kind.forward).parameters)   # can a class be asked for some columns alone?
+
 def few_logits(
     model,
     keep=None,  # (K,) columns whose logits are wanted; None: all
@@ -155,8 +158,7 @@ def few_logits(
     if keep is None: return model(**inputs).logits
     inner = plain(model)
     if hasattr(inner, "get_base_model"): inner = inner.get_base_model()   # under LoRA
-    if "logits_to_keep" not in signature(type(inner).forward).parameters: return model(**inputs).logits[:, keep]
-    return model(**inputs, logits_to_keep=keep).logits
+    return model(**inputs, logits_to_keep=keep).logits if _keeps(type(inner)) else model(**inputs).logits[:, keep]
 
 def tree_logits(
     model,
