@@ -167,8 +167,7 @@ def tree_logits(
 ) -> torch.Tensor:
     "(P, N, V), or (P, K, V): logits of packed trees. Raises `ValueError` as `check_model`, and for lines longer than the layers' windows."
     check_model(model)
-    longest, limit = int(batch["position_ids"].max()) + 1, line_limit(model)
-    if longest > limit:
+    if (longest := int(batch["position_ids"].max()) + 1) > (limit := line_limit(model)):
         raise ValueError(f"a line of {longest} tokens is longer than the sliding window (or chunk) of {limit} tokens of the model's layers")
     mask = _mask_for(plain(model), batch["attention_mask"])
     return few_logits(model, keep, input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False)
