@@ -66,6 +66,7 @@ def test_solve_reads_a_file(run, tmp_path):
     (["evaluate", "--domain", "schoolbook", "--split", "test"], ["schoolbook keeps no test problems: choose dev"]),
     (["evaluate", "--split", "held"], ["unknown split 'held': choose train, dev or test"]),
     (["load", "--out", __file__ + "/x"], [__file__]),
+    (["evaluate", "--family", "narrow"], ["unknown family 'narrow': choose one of wide, quick"]),
     (["evaluate", "--mode", "quick"], ["quick", "parallel, sequential, autoregressive"]),
     (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, loops, schoolbook"]),
     (["gpu", "--out", __file__], [__file__]),
@@ -231,6 +232,12 @@ def test_a_stopped_evaluate_goes_on_and_another_one_is_refused(evaluated, tmp_pa
     assert code == 0 and plain(path.read_text()) == plain(whole) and len(plain(whole)) == 5
     code, out, err, _ = evaluated("--mode", "sequential", "--policy", "schoolbook-sft", "--join", "kv")
     assert code == 2 and not out and err.count("holds another report, its join differs: choose another file, or remove it") == 1
+
+
+def test_evaluate_of_some_families(evaluated):
+    _, _, _, files = evaluated("--policy", "schoolbook-sft", "--mode", "parallel", "--family", "chain")
+    about, *rows = files["schoolbook-sft-parallel.jsonl"]
+    assert [r["family"] for r in rows] == ["chain"] * 2 and "--problems 2 --family 'chain' --policy" in about["command"]
 
 
 def test_load_keeps_its_rows_and_shows_ratios(run, tmp_path, little):

@@ -1,7 +1,6 @@
 """The command line, `threadweaver-ref`: thin, over the modules that the notebooks build. A plain file."""
 import json
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -15,14 +14,6 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 POLICY, DOMAIN = "tiny-rl", "programs"
 
 
-def _lines_of(data: bytes, name):
-    "The lines of a file as a text editor counts them, without a byte order mark. Raises `ValueError` for one that is not UTF-8."
-    lines = re.split(rb"\r\n|\r|\n", data.removeprefix(b"\xef\xbb\xbf"))
-    for number, line in enumerate(lines, 1):
-        try: yield line.decode("utf-8")
-        except UnicodeDecodeError: raise ValueError(f"{name}, line {number}: these bytes are not UTF-8") from None
-
-
 def _questions(question, file):
     "The questions of the argument, the file, or standard input; one a line."
     if question is not None and file is not None: raise ValueError("a question and --file: give one of them, not both")
@@ -31,7 +22,8 @@ def _questions(question, file):
         return [question]
     none = "no question: give one as an argument, with --file, or on standard input"
     if not question and not file and sys.stdin.isatty(): raise ValueError(none)
-    lines = _lines_of(file.read_bytes(), file) if file else _lines_of(sys.stdin.buffer.read(), "standard input")
+    from threadweaver_ref.domains import text_lines
+    lines = text_lines(file.read_bytes(), file) if file else text_lines(sys.stdin.buffer.read(), "standard input")
     if found := [line.strip() for line in lines if line.strip()]: return found
     raise ValueError(none)
 
@@ -89,7 +81,7 @@ def demo(
     from threadweaver_ref.report import plain_table, reports_table
     _writable(out / "demo.json")
     model, tokenizer = load_policy(policy)
-    chosen = [p for ps in zip(*split_problems(domain, "dev", -(-problems // len(families_of(domain)))).values()) for p in ps][:problems]
+    chosen = _mixed(split_problems(domain, "dev", -(-problems // len(families_of(domain)))), problems)[:problems]
     widest = max(chosen, key=lambda p: best_flat(p).sequential / best_flat(p).best if p.steps else 0)
     sides = race(model, tokenizer, widest.question, on_first=lambda sides: picture(sides, out / "race.svg"))
     for s in sides: typer.echo(f"{s.name}: {_summary(s.rollout, s.seconds)}")
@@ -109,6 +101,7 @@ def evaluate(
     domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
     split: str = typer.Option("dev", help="dev, or test (measured for a release only)"),
     problems: int = typer.Option(100, help="of each family", min=1),
+    family: list[str] = typer.Option([], help="of these families alone"),
     mode: list[str] = typer.Option(["sequential", "parallel"], help="of decoding, or a baseline such as best-of-4; each policy in every one"),
     timed: int = typer.Option(0, help="of each family, so many are timed as well, all in turn, one at a time and in batches", min=0),
     batch: int = typer.Option(64, help="problems decoded together", min=1),
@@ -117,23 +110,24 @@ def evaluate(
     out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a policy and mode; a stopped run goes on there"),
 ):
     "Accuracy with intervals, token latency, regret and seconds; every problem's own row is kept."
-    from threadweaver_ref.domains import split_problems
+    from threadweaver_ref.domains import draw_split, families_of
     from threadweaver_ref.evaluate import evaluate_all, find_way, policy_name, provenance, public_path, time_all
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.report import plain_table, reports_table
-    families, names = split_problems(domain, split, problems), {p: policy_name(p) for p in policy}
+    families, names = {f: draw_split(domain, split, problems, f) for f in family or families_of(domain)}, {p: policy_name(p) for p in policy}
     if len({*names.values()}) < len(names): raise ValueError(f"several policies are called {names[policy[0]]!r}: measure one at a time")
     if out: _writable(out / "x.jsonl")
     runs = {f"{names[p]}-{m}": (*loaded, *find_way(m, join, batch, longest)) for p in policy for loaded in [load_policy(p)] for m in mode}
-    given = [*(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode), f"--batch {batch} --join {join} --timed {timed}",
-             f"--longest {longest}", *([f"--out {public_path(out)}"] if out else [])]
+    given = [*(f"--family '{f}'" for f in family), *(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode),
+             f"--batch {batch} --join {join} --timed {timed} --longest {longest}", *([f"--out {public_path(out)}"] if out else [])]
     about = provenance(f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}", seed=0)
     reports = evaluate_all(runs, [p for ps in families.values() for p in ps], out, about)
     for name, report in reports.items(): typer.echo(f"\n{name}:\n\n{plain_table(report.table())}")
     if len(reports) > 1: typer.echo(f"\n{plain_table(reports_table(reports, next(iter(reports))))}\n")
-    if not timed: return
-    mixed = [p for some in zip(*(ps[:timed] for ps in families.values())) for p in some]   # a batch has problems of every family
-    typer.echo("\n".join(time_all(runs, mixed, sorted({1, batch}), out, about)))
+    if timed: typer.echo("\n".join(time_all(runs, _mixed(families, timed), sorted({1, batch}), out, about)))
+
+
+def _mixed(families, n): return [p for some in zip(*(ps[:n] for ps in families.values())) for p in some]   # of every family in turn
 
 
 @app.command()
@@ -152,7 +146,7 @@ def load(
     from threadweaver_ref.load import load_table, under_load
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.report import plain_table
-    mixed = [p for some in zip(*split_problems(domain, split, problems).values()) for p in some]
+    mixed = _mixed(split_problems(domain, split, problems), problems)
     _writable(out / "load.jsonl")
     given = f"--policy {public_path(policy)} --domain {domain} --split {split} --problems {problems} {' '.join(f'--size {n}' for n in size)}"
     about = provenance(f"threadweaver-ref load {given} --turns {turns} --out {public_path(out)}", seed=0)

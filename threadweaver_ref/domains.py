@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'SHIPPED', 'Domain', 'same_text', 'domain', 'allowed', 'domain_names', 'find_domain', 'get_domain', 'grade',
-           'split_of', 'families_of', 'draw_split', 'split_problems', 'training_problem', 'read_rows', 'write_rows',
-           'read_jsonl', 'write_jsonl', 'data_dir', 'BestFlat', 'Grouped', 'Problem', 'RandomForks', 'Schedule',
-           'Sequential', 'Step', 'WheneverReady', 'best_flat', 'char_length', 'extract_answer', 'levels']
+           'split_of', 'families_of', 'draw_split', 'split_problems', 'training_problem', 'text_lines', 'read_rows',
+           'write_rows', 'read_jsonl', 'write_jsonl', 'data_dir', 'BestFlat', 'Grouped', 'Problem', 'RandomForks',
+           'Schedule', 'Sequential', 'Step', 'WheneverReady', 'best_flat', 'char_length', 'extract_answer', 'levels']
 
 # %% ../nbs/08c_domains.ipynb #adcd1e35
 import functools
@@ -146,6 +146,16 @@ def training_problem(
     raise ValueError(f"{name}: 1000 questions in a row were of the dev and test splits")
 
 # %% ../nbs/08c_domains.ipynb #eade4c69
+def text_lines(
+    data: bytes,
+    name,  # of the file, for the error
+):
+    "The lines of a text as an editor counts them, without a byte order mark: yields strings. Raises `ValueError` for one that is not UTF-8."
+    lines = re.split(rb"\r\n|\r|\n", data.removeprefix(b"\xef\xbb\xbf"))
+    for number, line in enumerate(lines, 1):
+        try: yield line.decode("utf-8")
+        except UnicodeDecodeError: raise ValueError(f"{name}, line {number}: these bytes are not UTF-8") from None
+
 def read_rows(path) -> list:
     "The objects of a file with one JSON object a line. Raises `ValueError` that names the line."
     rows = []
