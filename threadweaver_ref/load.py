@@ -11,14 +11,15 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 from .checkpoint import digest, training_set
 from .decode import DecodeConfig, generate
-from .domains import grade, write_rows
+from .domains import write_rows
+from .evaluate import problem_row
 from .model import decoding_copy
-from .report import number, read_lines, spread
+from .report import bootstrap, number, read_lines, spread
+from .tokenizer import control_ids
 
 # %% ../nbs/20d_load.ipynb #5a8bc0ae
 def closed_loop(
@@ -27,13 +28,12 @@ def closed_loop(
     problems: list,
     config,  # `DecodeConfig`; its `batch` is the number of problems in the works
 ) -> list:
-    "A row a problem: `latency` are the seconds from its admission to its answer, `seconds` those of all, divided by the problems."
+    "`problem_row` of every problem: `seconds` are those of all, divided by the problems; `latency` those from its admission to its answer."
     began = time.perf_counter()
     rollouts = generate(model, tokenizer, [p.question for p in problems], config)
     each = (time.perf_counter() - began) / len(problems)
-    return [{"question": p.question, "family": p.family or p.domain, "correct": grade(r.text, p), "forks": r.forks,
-             "token_latency": r.token_latency, "total_tokens": r.total_tokens, "latency": round(r.seconds, 5), "seconds": round(each, 6)}
-            for p, r in zip(problems, rollouts, strict=True)]
+    control = control_ids(tokenizer)
+    return [{**problem_row(r, p, {}, each, control), "latency": round(r.seconds, 5)} for p, r in zip(problems, rollouts, strict=True)]
 
 # %% ../nbs/20d_load.ipynb #03330aa6
 LANES = 24   # of the regulated way
@@ -87,15 +87,12 @@ def throughput(rows, size, way, baseline="sequential") -> tuple:
     ratios = [seconds[baseline, turn] / s for (name, turn), s in seconds.items() if name == way]
     return statistics.fmean(ratios), min(ratios), max(ratios)
 
-def latency(rows, size, way, baseline="sequential", forks_in="parallel", rounds=1000) -> tuple:
+def latency(rows, size, way, baseline="sequential", forks_in="parallel") -> tuple:
     "(ratio, low, high) of mean latencies, over the problems that fork in `forks_in`; a 95% bootstrap over problems. Nones: none forks."
     found = {name: [r for r in rows if (r["size"], r["way"]) == (size, name)] for name in (way, baseline, forks_in)}
     pairs = [(a["latency"], b["latency"]) for a, b, c in zip(*(found[n] for n in (way, baseline, forks_in)), strict=True) if c["forks"]]
-    if not pairs: return None, None, None
-    values = torch.tensor(pairs, dtype=torch.float64)                                                                # (problems, 2)
-    drawn = values[torch.randint(len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(0))].mean(1)   # (rounds, 2)
-    low, high = (drawn[:, 0] / drawn[:, 1]).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
-    return (values[:, 0].mean() / values[:, 1].mean()).item(), low, high
+    def ratio(drawn): return drawn.mean(1)[:, 0] / drawn.mean(1)[:, 1]   # of (rounds, problems, 2)
+    return bootstrap(pairs, of=ratio)
 
 def load_table(rows) -> list:
     "Lines of texts, a head first: every size, every way but the first, which is the baseline."

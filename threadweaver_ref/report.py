@@ -38,16 +38,17 @@ def wilson(
 
 # %% ../nbs/19b_report.ipynb #aa29c54b
 def bootstrap(
-    values,       # one a problem; of a comparison: its difference or ratio
+    values,       # (n,) one a problem, of a comparison its difference or ratio; or (n, k) several a problem
     rounds=2000,
     seed=0,
+    of=lambda drawn: drawn.mean(1),   # f((rounds, n) or (rounds, n, k)) -> (rounds,): what is estimated
 ) -> tuple:
-    "(mean, low, high): the mean with its 95% percentile interval. (None, None, None) without values."
-    values = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    "(estimate, low, high): the mean, or what `of` makes of the problems, with its 95% percentile interval. (None, None, None) without values."
+    values = torch.tensor([*values], dtype=torch.float64)
     if not len(values): return None, None, None
     drawn = torch.randint(len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(seed))   # (rounds, n)
-    low, high = values[drawn].mean(1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
-    return values.mean().item(), low, high
+    low, high = of(values[drawn]).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
+    return of(values[None]).item(), low, high
 
 # %% ../nbs/19b_report.ipynb #cc3f2e27
 @dataclass
