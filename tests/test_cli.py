@@ -62,13 +62,13 @@ def test_solve_reads_a_file(run, tmp_path):
     (["train", "giant"], ["giant", "schoolbook-base", "schoolbook-sft"]),
     (["train", "schoolbook-base", "--out", __file__ + "/x"], [__file__]),
     (["evaluate", "--out", __file__ + "/x.json"], [__file__]),
-    (["evaluate", "--domain", "cards"], ["cards", "programs, loops, schoolbook"]),
+    (["evaluate", "--domain", "cards"], ["cards", "programs, loops, schoolbook, words"]),
     (["evaluate", "--domain", "schoolbook", "--split", "test"], ["schoolbook keeps no test problems: choose dev"]),
     (["evaluate", "--split", "held"], ["unknown split 'held': choose train, dev or test"]),
     (["load", "--out", __file__ + "/x"], [__file__]),
     (["evaluate", "--family", "narrow"], ["unknown family 'narrow': choose one of wide, quick"]),
     (["evaluate", "--mode", "quick"], ["quick", "parallel, sequential, autoregressive"]),
-    (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, loops, schoolbook"]),
+    (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, loops, schoolbook, words"]),
     (["gpu", "--out", __file__], [__file__]),
     (["gpu", "--out", "OUT", "--part", "bench"], ["bench", "cuda, steps, packing, pgrpo"]),
     (["demo", "--out", __file__], [__file__]),
@@ -168,7 +168,9 @@ def test_domains(run):
     assert code == 0
     for name in ("gsm8k", "sums", "chain", "product", "nested"): assert f"schoolbook, {name}: " in out
     for name in ("wide", "quick", "chain", "mixed", "nested"): assert f"programs, {name}: " in out
-    assert out.count("in the best flat schedule") == 16 and out.count("loops, ") == 6 and "loops: 36 families more\n" in out
+    for name in ("wide", "quick", "chain", "mixed", "nested", "new wide"): assert f"\nwords, {name}: " in out
+    assert out.count("in the best flat schedule") == 22 and out.count("\nloops, ") == 6 and "loops: 36 families more\n" in out
+    assert out.endswith("words: 4 families more\n")
 
 
 @pytest.fixture
