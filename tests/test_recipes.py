@@ -163,6 +163,18 @@ def test_p_grpo_through_lora(tmp_path):
     assert adapters(model).numel() < flat(start.parameters()).numel() and (tmp_path / "schoolbook-rl" / "log.jsonl").is_file()
 
 
+def test_an_adapter_is_trained_on(tmp_path):
+    "Where the start is an adapter, there is still one adapter behind, on the same base; its weights have moved, those of the base have not."
+    text = "start: tiny-rl\nlora: {}\nsampler: {{mixture: {{small: 1}}}}\nsteps: 1\nbatch: 2\nlr: 0.01\n"
+    with pytest.raises(ValueError, match="lora=3: the adapter of tiny-rl has rank 16"): train_recipe(written(tmp_path, text.format(3)), tmp_path)
+    model, tokenizer, _ = train_recipe(written(tmp_path, text.format(16)), tmp_path)
+    save_policy(model, tokenizer, tmp_path / "out")
+    start, end = load_policy("tiny-rl", device="cpu")[0], load_policy(tmp_path / "out", device="cpu")[0]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/policies/tiny-sft"
+    moved = {n: (a - b).abs().max() for (n, a), b in zip(start.named_parameters(), end.parameters(), strict=True)}
+    assert all((d > 0) == ("lora" in n) for n, d in moved.items())
+
+
 def test_the_seed_is_of_new_weights_too(tmp_path):
     ends = [flat(train_recipe("schoolbook-base", tmp_path / str(s), **{**TINY, "steps": 1}, seed=s)[0].parameters()) for s in (0, 1)]
     assert (ends[0] - ends[1]).abs().max() > .01
