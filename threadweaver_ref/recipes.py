@@ -137,7 +137,8 @@ def _start(recipe, runs, changes):
 def _adapted(model, recipe):
     "The model with an adapter to train: a new one; or the start's own, which goes on. Raises `ValueError` if that one has another rank."
     if isinstance(model, PeftModel):
-        if (rank := model.peft_config["default"].r) != recipe.lora: raise ValueError(f"lora={recipe.lora}: the adapter of {recipe.start} has rank {rank}")
+        rank = model.peft_config["default"].r
+        if rank != recipe.lora: raise ValueError(f"lora={recipe.lora}: the adapter of {recipe.start} has rank {rank}")
         model.set_adapter("default")   # loaded for decoding, its weights were frozen
         return model
     model = add_lora(model, recipe.lora, 2 * recipe.lora)
