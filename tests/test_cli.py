@@ -213,7 +213,7 @@ def test_evaluate_keeps_a_row_a_problem_and_names_its_command(evaluated, tmp_pat
         about, *rows = files[f"schoolbook-sft-{mode}.jsonl"]
         assert about["settings"]["mode"] == mode and about["run"] == f"schoolbook-sft-{mode}" and str(tmp_path) not in json.dumps(about)
         assert about["command"] == ("threadweaver-ref evaluate --domain little --split dev --problems 2 --policy schoolbook-sft --mode sequential "
-                                    "--mode parallel --batch 3 --join concat --timed 1 --longest 4096 --out out")
+                                    "--mode parallel --join concat --batch 3 --timed 1 --longest 4096 --out out")
         assert [r["family"] for r in rows] == ["sums"] * 2 + ["chain"] * 2 and all(r["correct"] for r in rows)
         assert all((r["forks"] > 0) == (mode == "parallel" and r["family"] == "sums") for r in rows)
     for batch in (1, 3):
@@ -240,6 +240,16 @@ def test_evaluate_of_some_families(evaluated):
     _, _, _, files = evaluated("--policy", "schoolbook-sft", "--mode", "parallel", "--family", "chain")
     about, *rows = files["schoolbook-sft-parallel.jsonl"]
     assert [r["family"] for r in rows] == ["chain"] * 2 and "--problems 2 --family 'chain' --policy" in about["command"]
+
+
+def test_every_policy_may_have_its_own_join(evaluated):
+    policies = ("--policy", "schoolbook-sft", "--policy", "tiny-result", "--mode", "parallel")
+    _, _, _, files = evaluated(*policies, "--join", "concat", "--join", "result")
+    heads = {name: rows[0] for name, rows in files.items()}
+    assert {n: h["settings"]["join"] for n, h in heads.items()} == {"schoolbook-sft-parallel.jsonl": "concat", "tiny-result-parallel.jsonl": "result"}
+    assert all("--join concat --join result --batch" in h["command"] for h in heads.values())
+    code, _, err, _ = evaluated(*policies, *["--join", "kv"] * 3)
+    assert code == 2 and "3 joins for 2 policies: give one for all, or one for each" in err
 
 
 def test_load_keeps_its_rows_and_shows_ratios(run, tmp_path, little):
