@@ -250,6 +250,8 @@ def test_every_policy_may_have_its_own_join(evaluated):
     assert all("--join concat --join result --batch" in h["command"] for h in heads.values())
     code, _, err, _ = evaluated(*policies, *["--join", "kv"] * 3)
     assert code == 2 and "3 joins for 2 policies: give one for all, or one for each" in err
+    code, _, err, _ = evaluated(*["--policy", "schoolbook-sft"] * 2, "--join", "concat", "--join", "kv")   # one would take the other's place
+    assert code == 2 and "several policies are called 'schoolbook-sft': measure one at a time" in err
 
 
 def test_load_keeps_its_rows_and_shows_ratios(run, tmp_path, little):

@@ -16,7 +16,7 @@ from threadweaver_ref import recipes as room
 from threadweaver_ref.checkpoint import describe
 from threadweaver_ref.domains import DOMAINS, Problem, RandomForks, Sequential, WheneverReady, allowed, domain, find_domain, split_of
 from threadweaver_ref.forkjoin import Limits
-from threadweaver_ref.model import SIZES, load_policy, save_policy, shipped_policies, tiny_model
+from threadweaver_ref.model import SIZES, load_policy, merge_lora, save_policy, shipped_policies, tiny_model
 from threadweaver_ref.pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies
 from threadweaver_ref.recipes import load_recipe, recipes, train_recipe
 from threadweaver_ref.schoolbook import held_out, mixture
@@ -66,7 +66,7 @@ def test_controls_differ_in_arrangement_or_join_alone(name):
 
 @pytest.mark.parametrize("name", ["mini-base", "mini-sft", "small-base", "small-sft"])
 def test_the_ladder_differs_in_size_alone(name):
-    "`small` is trained in mixed precision as well: on this CPU that halves a step."
+    "`small` is trained in mixed precision as well."
     size, stage = name.split("-")
     one, other = load_recipe(f"tiny-{stage}"), load_recipe(name)
     assert other.config.mixed_precision == ("bf16" if size == "small" else None)
@@ -166,13 +166,21 @@ def test_p_grpo_through_lora(tmp_path):
 def test_an_adapter_is_trained_on(tmp_path):
     "Where the start is an adapter, there is still one adapter behind, on the same base; its weights have moved, those of the base have not."
     text = "start: tiny-rl\nlora: {}\nsampler: {{mixture: {{small: 1}}}}\nsteps: 1\nbatch: 2\nlr: 0.01\n"
-    with pytest.raises(ValueError, match="lora=3: the adapter of tiny-rl has rank 16"): train_recipe(written(tmp_path, text.format(3)), tmp_path)
+    with pytest.raises(ValueError, match="lora=3: tiny-rl is an adapter of rank 16, which goes on: give lora: 16"):
+        train_recipe(written(tmp_path, text.format(3)), tmp_path)
     model, tokenizer, _ = train_recipe(written(tmp_path, text.format(16)), tmp_path)
     save_policy(model, tokenizer, tmp_path / "out")
     start, end = load_policy("tiny-rl", device="cpu")[0], load_policy(tmp_path / "out", device="cpu")[0]
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/policies/tiny-sft"
     moved = {n: (a - b).abs().max() for (n, a), b in zip(start.named_parameters(), end.parameters(), strict=True)}
     assert all((d > 0) == ("lora" in n) for n, d in moved.items())
+
+
+def test_without_lora_an_adapter_is_merged_and_all_is_trained(tmp_path):
+    model, *_ = train_recipe(written(tmp_path, "start: tiny-rl\nsampler: {mixture: {small: 1}}\nsteps: 1\nbatch: 2\nlr: 0.00001\n"), tmp_path)
+    merged, base = (flat(m.parameters()) for m in (merge_lora(load_policy("tiny-rl", device="cpu")[0]), load_policy("tiny-sft", device="cpu")[0]))
+    moved = (flat(model.parameters()) - merged).abs()
+    assert (moved > 0).float().mean() > .9 and moved.max() < (merged - base).abs().max() / 10
 
 
 def test_the_seed_is_of_new_weights_too(tmp_path):

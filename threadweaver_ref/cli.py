@@ -100,7 +100,8 @@ def evaluate(
     policy: list[str] = typer.Option([POLICY], help="a shipped policy, a folder, or a hub name; several are measured on the same problems"),
     domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
     split: str = typer.Option("dev", help="dev, or test (measured for a release only)"),
-    problems: int = typer.Option(100, help="of each family", min=1), family: list[str] = typer.Option([], help="of these families alone"),
+    problems: int = typer.Option(100, help="of each family", min=1),
+    family: list[str] = typer.Option([], help="of these families alone"),
     mode: list[str] = typer.Option(["sequential", "parallel"], help="of decoding, or a baseline such as best-of-4; each policy in every one"),
     timed: int = typer.Option(0, help="of each family, so many are timed as well, all in turn, one at a time and in batches", min=0),
     batch: int = typer.Option(64, help="problems decoded together", min=1),
@@ -110,16 +111,13 @@ def evaluate(
 ):
     "Accuracy with intervals, token latency, regret and seconds; every problem's own row is kept."
     from threadweaver_ref.domains import draw_split, families_of
-    from threadweaver_ref.evaluate import evaluate_all, find_way, policy_name, provenance, public_path, time_all
+    from threadweaver_ref.evaluate import evaluate_all, find_way, named_policies, provenance, public_path, time_all
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.report import plain_table, reports_table
-    families, names = {f: draw_split(domain, split, problems, f) for f in family or families_of(domain)}, {p: policy_name(p) for p in policy}
-    if len({*names.values()}) < len(names): raise ValueError(f"several policies are called {names[policy[0]]!r}: measure one at a time")
-    if len(join) not in (1, len(policy)): raise ValueError(f"{len(join)} joins for {len(policy)} policies: give one for all, or one for each")
+    families, named = {f: draw_split(domain, split, problems, f) for f in family or families_of(domain)}, named_policies(policy, join)
     if out: _writable(out / "x.jsonl")
-    runs = {f"{names[p]}-{m}": (*loaded, *find_way(m, j, batch, longest))
-            for p, j in zip(policy, join * len(policy)) for loaded in [load_policy(p)] for m in mode}
-    given = [*(f"--family '{f}'" for f in family), *(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode),
+    runs = {f"{n}-{m}": (*loaded, *find_way(m, j, batch, longest)) for n, p, j in named for loaded in [load_policy(p)] for m in mode}
+    given = [*(f"--family '{f}'" for f in family), *(f"--policy {n}" for n, *_ in named), *(f"--mode {m}" for m in mode),
              *(f"--join {j}" for j in join), f"--batch {batch} --timed {timed} --longest {longest}", *([f"--out {public_path(out)}"] if out else [])]
     about = provenance(f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}", seed=0)
     reports = evaluate_all(runs, [p for ps in families.values() for p in ps], out, about)

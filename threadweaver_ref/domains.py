@@ -137,11 +137,15 @@ def training_problem(
     step=0,         # of training; not used
     name="programs",  # of a domain
     families=None,  # to choose from; None: all
+    often=None,     # family -> how many times as often as the others it is drawn
     **options,      # go to the sampler
 ) -> Problem:
-    "A random problem of the training split: a sampler f(rng, step). Raises `ValueError` for an unknown domain, and where none is found."
+    "A random problem of the training split: a sampler f(rng, step). Raises `ValueError` for an unknown domain or family, and where none is found."
+    families, often = list(families or families_of(name)), often or {}
+    if unknown := [f for f in often if f not in families]: raise ValueError(f"unknown family {unknown[0]!r}: choose one of {allowed(families)}")
+    drawn_from = [f for f in families for _ in range(often.get(f, 1))]
     for _ in range(1000):
-        p = _draw(name, rng.choice(families or families_of(name)), rng, **options)
+        p = _draw(name, rng.choice(drawn_from), rng, **options)
         if _split(name, p.question) == "train": return p
     raise ValueError(f"{name}: 1000 questions in a row were of the dev and test splits")
 

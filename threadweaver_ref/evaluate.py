@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['problem_row', 'evaluate', 'evaluate_all', 'in_turn', 'time_all', 'rollout_data', 'public_path', 'policy_name',
-           'provenance', 'Report', 'arranged', 'average', 'bootstrap', 'read_lines', 'read_report', 'reports_table',
-           'schedule_latencies', 'times_faster', 'wilson', 'best_of_n', 'consensus_stop', 'decompose', 'find_way',
-           'fixed_fork', 'random_fork', 'self_consistency', 'tree_of_thoughts']
+           'named_policies', 'provenance', 'Report', 'arranged', 'average', 'bootstrap', 'read_lines', 'read_report',
+           'reports_table', 'schedule_latencies', 'times_faster', 'wilson', 'best_of_n', 'consensus_stop', 'decompose',
+           'find_way', 'fixed_fork', 'random_fork', 'self_consistency', 'tree_of_thoughts']
 
 # %% ../nbs/20_evaluate.ipynb #8c7bc063
 import datetime
@@ -150,6 +150,16 @@ def policy_name(policy) -> str:
     "What a policy is called in files: by its recipe, where the folder is that of a run."
     parts = Path(policy).parts
     return parts[-2] if len(parts) > 1 and parts[-1] in ("policy", "policy-merged") else parts[-1]
+
+def named_policies(
+    policies: list,  # folders and names
+    joins: list,     # one for all, or one for each
+) -> list:
+    "(name, policy, join) of each. Raises `ValueError` for two policies of one name, and for joins that are too few or too many."
+    names = [policy_name(p) for p in policies]
+    if twice := [n for n in names if names.count(n) > 1]: raise ValueError(f"several policies are called {twice[0]!r}: measure one at a time")
+    if len(joins) not in (1, len(policies)): raise ValueError(f"{len(joins)} joins for {len(policies)} policies: give one for all, or one for each")
+    return [*zip(names, policies, joins * len(policies))]
 
 def provenance(
     command: str,       # that makes the result

@@ -135,10 +135,13 @@ def _start(recipe, runs, changes):
     return load_policy(recipe.start, device="cpu")
 
 def _adapted(model, recipe):
-    "The model with an adapter to train: a new one; or the start's own, which goes on. Raises `ValueError` if that one has another rank."
+    """The model with what is to be trained: a new adapter; or the start's own, which goes on; without `lora`, all weights, an adapter merged.
+
+    Raises `ValueError` for an adapter of another rank."""
+    if not recipe.lora: return merge_lora(model).requires_grad_() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel):
         rank = model.peft_config["default"].r
-        if rank != recipe.lora: raise ValueError(f"lora={recipe.lora}: the adapter of {recipe.start} has rank {rank}")
+        if rank != recipe.lora: raise ValueError(f"lora={recipe.lora}: {recipe.start} is an adapter of rank {rank}, which goes on: give lora: {rank}")
         model.set_adapter("default")   # loaded for decoding, its weights were frozen
         return model
     model = add_lora(model, recipe.lora, 2 * recipe.lora)
@@ -176,7 +179,7 @@ def train_recipe(
     model, tokenizer = _start(recipe, runs, changes)
     if getattr(config, "window", None): model.config.max_position_embeddings = config.window   # decoding stops there
     paid = recipe.reward if recipe.speedup is None else Speedup(_references(model, tokenizer, recipe, config), **recipe.speedup)
-    if recipe.lora: model = _adapted(model, recipe)
+    model = _adapted(model, recipe)
     if recipe.rollouts: return model, tokenizer, _self_trained(model, tokenizer, recipe, config)
     if isinstance(config, SFTConfig): return model, tokenizer, train_sft(model, tokenizer, recipe.problems, config, on_step)
     return model, tokenizer, train_pgrpo(model, tokenizer, recipe.problems, config, paid, on_step)

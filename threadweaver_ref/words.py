@@ -92,10 +92,7 @@ def mixture(
     often=None,  # family -> how many times as often as the others it is drawn
 ) -> Problem:
     "A training problem of any family, in a trained situation: a sampler f(rng, step). Raises `ValueError` for an unknown family."
-    often = often or {}
-    if unknown := [f for f in often if f not in FAMILIES]: raise ValueError(f"unknown family {unknown[0]!r}: choose one of {allowed(FAMILIES)}")
-    families = [f for f in FAMILIES for _ in range(often.get(f, 1))]
-    return training_problem(rng, step, "words", families, small=rng.random() < small)
+    return training_problem(rng, step, "words", FAMILIES, often, small=rng.random() < small)
 
 # %% ../nbs/31_words.ipynb #a8c17c19
 @domain(families={new + f: FAMILIES[f] for new in ("", NEW) for f in FAMILIES}, samplers={"mixture": mixture}, split=words_split)
