@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Request', 'Completion', 'EngineError', 'check_completion', 'blocking', 'RemoteRow', 'drive', 'generate_remote']
 
-# %% ../nbs/33_remote.ipynb #d301b8da
+# %% ../nbs/33_remote.ipynb #2728ab5c
 import asyncio
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -77,12 +77,12 @@ def blocking(coroutine):
     except RuntimeError: return asyncio.run(coroutine)
     with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, coroutine).result()
 
-# %% ../nbs/33_remote.ipynb #68135345
+# %% ../nbs/33_remote.ipynb #551ea6e0
 class RemoteRow(Row):
     "One problem whose branches are written elsewhere: `Row`'s bookkeeping, on a clock of its own."
     def __init__(self, index, question, machine, seed, config, window=float("inf")):
         super().__init__(0, index, question, machine, seed, window)
-        self.config, self.at = config, 0   # `at`: the step in which the last answer ended
+        self.config, self.at, self.busy = config, 0, 0.0   # `at`: the step in which the last answer ended; `busy`: seconds of our own work
         self.ends = {}    # path of a branch -> the step of its last token so far
         self.dated = []   # (step, error)
 
@@ -91,6 +91,14 @@ def now(self:RemoteRow, branch) -> int:
     "The step at which a ready branch writes its next token: the last one of what it waited for."
     above = branch.parent.path if branch.parent else None
     return max((end for path, end in self.ends.items() if path == above or path[:branch.depth] == branch.path), default=0)
+
+@patch
+@contextmanager
+def working(self:RemoteRow):
+    "Counts the processor's seconds of what is done within it."
+    began = time.thread_time()
+    try: yield
+    finally: self.busy += time.thread_time() - began
 
 @patch
 def limit(self:RemoteRow, branch, start) -> float:
@@ -155,7 +163,7 @@ def fail(self:RemoteRow, reason, cause):
     self.at = math.inf
     self._date()
 
-# %% ../nbs/33_remote.ipynb #ccf66d59
+# %% ../nbs/33_remote.ipynb #6b649220
 async def drive(
     row: RemoteRow,
     complete,      # of an engine's session: an async function of a `Request`
@@ -169,17 +177,18 @@ async def drive(
     tasks, until = {}, math.inf if seconds is None else time.monotonic() + seconds
     try:
         while not row.machine.done:
-            tasks.update({asyncio.ensure_future(ask(request)): live for live, request in row.requests()})
+            with row.working(): tasks.update({asyncio.ensure_future(ask(request)): live for live, request in row.requests()})
             if row.machine.done: break
             left = None if seconds is None else max(0, until - time.monotonic())
             done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            for task in done: row.answered(tasks.pop(task), task.result())
+            with row.working():
+                for task in done: row.answered(tasks.pop(task), task.result())
             if not done: row.fail("cancelled", EngineError(f"not finished within {seconds} s"))
     except Exception as cause: row.fail("error", cause)
     finally:
         for task in tasks: task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return row.finished()
+    with row.working(): return row.finished()
 
 # %% ../nbs/33_remote.ipynb #cd15ac6b
 def _check(config):
@@ -197,7 +206,7 @@ def _prompts(tokenizer, questions, chat):
         if not (question and prompts[-1]): raise ValueError(f"question {number} is empty")
     return prompts
 
-# %% ../nbs/33_remote.ipynb #8061273d
+# %% ../nbs/33_remote.ipynb #18b4de99
 async def _all(engine, rows, config, seconds, bar, stats) -> list:
     "A `Rollout` for every row, `config.batch` of them in the works."
     places, lanes = asyncio.Semaphore(config.batch), asyncio.Semaphore(config.max_lanes) if config.max_lanes else nullcontext()
@@ -212,10 +221,10 @@ async def _all(engine, rows, config, seconds, bar, stats) -> list:
             bar.update()
             return rollout
         found = await asyncio.gather(*map(one, rows))
-    stats["client_seconds"] = time.thread_time() - began
+    stats.update(thread_seconds=time.thread_time() - began, client_seconds=sum(row.busy for row in rows))
     return found
 
-# %% ../nbs/33_remote.ipynb #871585a7
+# %% ../nbs/33_remote.ipynb #a6dd831e
 def generate_remote(
     engine,                 # has `window` (tokens of a sequence, or None) and `session(config)`, which opens and gives `complete(request)`
     tokenizer,              # with the control tokens
@@ -223,7 +232,7 @@ def generate_remote(
     config=DecodeConfig(),
     seeds=None,             # one for each question; default: from `config.seed`, the question, and how often it came before
     progress=False,         # show a bar
-    stats=None,             # a dict: filled with `requests`, `prompt_tokens`, `seconds`, and `client_seconds` that this side itself needed
+    stats=None,             # a dict: `requests`, `prompt_tokens`, `seconds`; of this thread: `client_seconds` outside requests, `thread_seconds`
     seconds=None,           # of one rollout; then it ends with "cancelled", and so do its requests
 ) -> list:
     """A `Rollout` for every question, as `generate` gives it (TW section 3.2): greedily the same tokens, in other modes the same distribution.

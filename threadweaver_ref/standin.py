@@ -18,36 +18,39 @@ from transformers import DynamicCache
 
 from .remote import Completion, Request
 
-# %% ../nbs/35b_standin.ipynb #0f823cf7
+# %% ../nbs/35b_standin.ipynb #84632686
 def greedy_writer(
     model,   # a causal language model
 ):
-    "A function that completes a `Request` greedily; it remembers its answers."
+    "A function that completes a `Request` greedily; it remembers its answers. A path of ids makes these likelier."
     lock, known = threading.Lock(), {}
 
     @torch.inference_mode()
     def write(request):
-        key = (tuple(request.context_ids), request.stop_ids, request.budget, request.banned_ids)
+        key = (tuple(request.context_ids), request.stop_ids, request.budget, request.banned_ids, request.path)
         with lock:
             if key not in known: known[key] = _write(model, request)
             return known[key]
     return write
 
 def _write(model, request):
-    ids, logprobs, cache, banned = [], [], DynamicCache(config=model.config), list(request.banned_ids)
+    ids, logprobs, cache, banned, forced = [], [], DynamicCache(config=model.config), list(request.banned_ids), list(request.path)
     while len(ids) < request.budget and (not ids or ids[-1] not in request.stop_ids):
         tokens = torch.tensor([ids[-1:] or request.context_ids], device=model.device)
         logits = model(tokens, past_key_values=cache).logits[0, -1].float()
         allowed = logits.clone()
         allowed[banned] = -torch.inf
+        allowed[forced] += 100
         ids.append(int(allowed.argmax()))
         logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
     return Completion(ids, logprobs, "stop" if ids[-1] in request.stop_ids else "length")
 
-# %% ../nbs/35b_standin.ipynb #b5776ded
+# %% ../nbs/35b_standin.ipynb #adb802da
 def _request(body, ids, params, longest="max_tokens"):
-    banned = tuple(int(i) for i, bias in (params.get("logit_bias") or {}).items() if bias <= -100)
-    return Request(body[ids], tuple(params["stop_token_ids"]), params[longest], banned)
+    bias = {int(i): x for i, x in (params.get("logit_bias") or {}).items()}
+    forced = [i for i, x in bias.items() if x >= 100]   # it is nearly certain
+    banned = tuple(i for i, x in bias.items() if x <= -100)
+    return Request(body[ids], tuple(params["stop_token_ids"]), params[longest], banned, path=tuple(forced))
 
 def _openai_answer(request, said):
     names = [f"token_id:{i}" for i in said.ids]
@@ -99,7 +102,7 @@ ALTERED = {"no stop token": _changed(lambda ids, logprobs, reason: (ids[:-1], lo
            "one token more": _changed(lambda ids, logprobs, reason: ([*ids, 20], [*logprobs, -1.], reason)),
            "short logprobs": _changed(lambda ids, logprobs, reason: (ids, logprobs[:-1], reason))}
 
-# %% ../nbs/35b_standin.ipynb #029199a4
+# %% ../nbs/35b_standin.ipynb #d510c3fc
 class _Server(ThreadingHTTPServer):
     "Threads of its own for every connection; a client that goes away is no error."
     daemon_threads, request_queue_size = True, 256
@@ -117,8 +120,10 @@ class StandIn:
         port=0,                # 0: any that is free
         key=None,              # the API key that it demands
         slow=3.0,              # seconds that a slow answer takes
+        tokenize=None,         # f(text) -> ids, for a server that says how it cuts a text
     ):
-        self.write, self.served, self.window, self.fault, self.port, self.key, self.slow = write, [model], window, fault, port, key, slow
+        self.write, self.served, self.window, self.fault, self.port, self.key = write, [model], window, fault, port, key
+        self.slow, self.tokenize = slow, tokenize
         self.paths, self.lock = {NAMES[d]: PATHS[NAMES[d]] for d in dialects}, threading.Lock()
         self.bodies, self.aborted, self.loaded, self.faults = [], [], [], []   # what was asked, ended, loaded, done wrong
 
@@ -143,6 +148,7 @@ def answer(self:StandIn, path, body) -> tuple:
         self.loaded.append(body)
         self.served.append(body["lora_name"])
         return 200, {}, None
+    if path == "/tokenize": return (200, {"tokens": self.tokenize(body["prompt"])}, None) if self.tokenize else (404, {}, None)
     if path not in self.paths: return 404, {"error": {"message": "Not Found"}}, None
     with self.lock:
         self.bodies.append(body)
@@ -160,7 +166,7 @@ def about(self:StandIn, path) -> dict:
     models = [{"id": m, "max_model_len": self.window if m == self.served[0] else None, "parent": None} for m in self.served]
     return {"/v1/models": {"data": models}, "/openapi.json": {"paths": {p: {} for p in self.paths}}, "/health": {}}.get(path)
 
-# %% ../nbs/35b_standin.ipynb #5b39aca6
+# %% ../nbs/35b_standin.ipynb #172bc55b
 def _handler(server):
     "The class that `http.server` wants: one object a connection."
     class Handler(BaseHTTPRequestHandler):
@@ -185,6 +191,7 @@ def _handler(server):
             if fault == "truncated": text = text[:len(text) // 2]
             try:
                 self.send_response(status)
+                self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
