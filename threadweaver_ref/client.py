@@ -56,7 +56,7 @@ def _root(url):
 @patch
 def _headers(self:CompletionsClient): return {"Authorization": f"Bearer {self._key}"} if self._key else {}
 
-# %% ../nbs/35c_client.ipynb #8ea08201
+# %% ../nbs/35c_client.ipynb #ca6eb9ca
 def one_line(error) -> str:
     "What went wrong, in one short line."
     said = textwrap.shorten(str(error), 200, placeholder=" ...")
@@ -69,7 +69,7 @@ def ask(self:CompletionsClient, path, body=None, url=None):
         with httpx.Client(headers=self._headers(), timeout=min(self.timeout, 60)) as http:
             found = http.get((url or self.urls[0]) + path) if body is None else http.post((url or self.urls[0]) + path, json=body)
         if found.status_code >= 400: raise EngineError(f"{path}: status {found.status_code}: {_said(found)}")
-        return found.json() if "json" in found.headers.get("content-type", "json") else found.text
+        return found.json() if "json" in found.headers.get("content-type", "") else found.text
     except (httpx.HTTPError, ValueError) as error: raise EngineError(f"{url or self.urls[0]}{path}: {one_line(error)}") from error
 
 @patch

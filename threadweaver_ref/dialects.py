@@ -47,7 +47,7 @@ def token_number(token: str):
     "The id in `token_id:17`, as vLLM names tokens when asked to."
     return int(token.removeprefix("token_id:"))
 
-# %% ../nbs/35_dialects.ipynb #edd416c5
+# %% ../nbs/35_dialects.ipynb #b595e19d
 def completions_body(request, model, config, name, salt=None) -> dict:
     "The body of a request to `/v1/completions`, with vLLM's fields."
     return {"model": model, "prompt": list(request.context_ids), "max_tokens": request.budget, **sampling(config, request.seed), **bans(request),
@@ -55,13 +55,14 @@ def completions_body(request, model, config, name, salt=None) -> dict:
             "skip_special_tokens": False, "request_id": name, **({"cache_salt": salt} if salt else {})}
 
 def read_completions(request, answer) -> Completion:
+    "What `/v1/completions` answers, with vLLM's fields."
     choice = answer["choices"][0]
     logprobs = choice.get("logprobs") or {}
     named = [token_number(t) for t in logprobs["tokens"]] if logprobs.get("tokens") else None
     known = logprobs.get("token_logprobs")
     return completion(request, choice.get("token_ids"), choice["finish_reason"], known, named, choice.get("prompt_token_ids"))
 
-# %% ../nbs/35_dialects.ipynb #f81850b7
+# %% ../nbs/35_dialects.ipynb #443cd108
 def generate_body(request, model, config, name, salt=None) -> dict:
     "The body of a request to vLLM's `/inference/v1/generate`."
     params = {"max_tokens": request.budget, **sampling(config, request.seed), **bans(request), "stop_token_ids": list(request.stop_ids),
@@ -70,6 +71,7 @@ def generate_body(request, model, config, name, salt=None) -> dict:
             "request_id": name, **({"cache_salt": salt} if salt else {})}
 
 def read_generate(request, answer) -> Completion:
+    "What vLLM's `/inference/v1/generate` answers."
     choice = answer["choices"][0]
     content = (choice.get("logprobs") or {}).get("content")
     known = content is not None
@@ -77,7 +79,7 @@ def read_generate(request, answer) -> Completion:
     return completion(request, choice["token_ids"], choice["finish_reason"], [c["logprob"] for c in content] if known else None, named,
                       answer.get("prompt_token_ids"))
 
-# %% ../nbs/35_dialects.ipynb #72b77dc2
+# %% ../nbs/35_dialects.ipynb #f179cb0a
 def sglang_body(request, model, config, name, salt=None) -> dict:
     "The body of a request to SGLang's `/generate`. Its model is the one that is served; `no_stop_trim` keeps the stop token."
     params = {"max_new_tokens": request.budget, **sampling(config, request.seed, "sampling_seed"), **bans(request),
@@ -86,6 +88,7 @@ def sglang_body(request, model, config, name, salt=None) -> dict:
             **({"extra_key": salt} if salt else {})}
 
 def read_sglang(request, answer) -> Completion:
+    "What SGLang's `/generate` answers."
     about = answer["meta_info"]
     pairs = about.get("output_token_logprobs")
     logprobs, named = (None, None) if pairs is None else ([p[0] for p in pairs], [p[1] for p in pairs])

@@ -102,7 +102,7 @@ ALTERED = {"no stop token": _changed(lambda ids, logprobs, reason: (ids[:-1], lo
            "one token more": _changed(lambda ids, logprobs, reason: ([*ids, 20], [*logprobs, -1.], reason)),
            "short logprobs": _changed(lambda ids, logprobs, reason: (ids, logprobs[:-1], reason))}
 
-# %% ../nbs/35b_standin.ipynb #d510c3fc
+# %% ../nbs/35b_standin.ipynb #d9353555
 class _Server(ThreadingHTTPServer):
     "Threads of its own for every connection; a client that goes away is no error."
     daemon_threads, request_queue_size = True, 256
@@ -147,7 +147,7 @@ def answer(self:StandIn, path, body) -> tuple:
     if path.endswith("load_lora_adapter"):
         self.loaded.append(body)
         self.served.append(body["lora_name"])
-        return 200, {}, None
+        return 200, "Success: a text, as vLLM has it", None
     if path == "/tokenize": return (200, {"tokens": self.tokenize(body["prompt"])}, None) if self.tokenize else (404, {}, None)
     if path not in self.paths: return 404, {"error": {"message": "Not Found"}}, None
     with self.lock:
@@ -166,10 +166,11 @@ def about(self:StandIn, path) -> dict:
     models = [{"id": m, "max_model_len": self.window if m == self.served[0] else None, "parent": None} for m in self.served]
     return {"/v1/models": {"data": models}, "/openapi.json": {"paths": {p: {} for p in self.paths}}, "/health": {}}.get(path)
 
-# %% ../nbs/35b_standin.ipynb #172bc55b
+# %% ../nbs/35b_standin.ipynb #390b0c13
 def _handler(server):
     "The class that `http.server` wants: one object a connection."
     class Handler(BaseHTTPRequestHandler):
+        "Speaks HTTP for the server."
         protocol_version = "HTTP/1.1"
         def log_message(self, *args): pass
 
@@ -183,7 +184,7 @@ def _handler(server):
             self.send(*server.answer(self.path, body) if known else (401, {"error": {"message": "Unauthorized"}}))
 
         def send(self, status, answer, fault=None):
-            text = json.dumps(answer).encode()
+            text, plain = (answer if isinstance(answer, str) else json.dumps(answer)).encode(), isinstance(answer, str)
             if fault == "drop":
                 self.close_connection = True
                 return self.connection.shutdown(socket.SHUT_RDWR)
@@ -191,7 +192,7 @@ def _handler(server):
             if fault == "truncated": text = text[:len(text) // 2]
             try:
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                if not plain: self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
