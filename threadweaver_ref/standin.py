@@ -102,12 +102,42 @@ ALTERED = {"no stop token": _changed(lambda ids, logprobs, reason: (ids[:-1], lo
            "one token more": _changed(lambda ids, logprobs, reason: ([*ids, 20], [*logprobs, -1.], reason)),
            "short logprobs": _changed(lambda ids, logprobs, reason: (ids, logprobs[:-1], reason))}
 
-# %% ../nbs/35b_standin.ipynb #d9353555
+# %% ../nbs/35b_standin.ipynb #60e2b300
+class _Handler(BaseHTTPRequestHandler):
+    "One object a connection; `self.server.stand_in` knows the answers."
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *args): pass
+
+    def do_GET(self):
+        found = self.server.stand_in.about(self.path)
+        self.send(404 if found is None else 200, found or {})
+
+    def do_POST(self):
+        body, key = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server.stand_in.key
+        known = not key or self.headers.get("Authorization") == f"Bearer {key}"
+        self.send(*self.server.stand_in.answer(self.path, body) if known else (401, {"error": {"message": "Unauthorized"}}))
+
+    def send(self, status, answer, fault=None):
+        text, plain = (answer if isinstance(answer, str) else json.dumps(answer)).encode(), isinstance(answer, str)
+        if fault == "drop":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        if fault == "slow": time.sleep(self.server.stand_in.slow)
+        if fault == "truncated": text = text[:len(text) // 2]
+        try:
+            self.send_response(status)
+            if not plain: self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+        except OSError: self.close_connection = True   # the client has gone
+
 class _Server(ThreadingHTTPServer):
     "Threads of its own for every connection; a client that goes away is no error."
     daemon_threads, request_queue_size = True, 256
     def handle_error(self, request, client_address): pass
 
+# %% ../nbs/35b_standin.ipynb #777a6f54
 class StandIn:
     "A server on the loopback address, in threads of this process: `with StandIn(write) as server: server.url`."
     def __init__(
@@ -128,8 +158,8 @@ class StandIn:
         self.bodies, self.aborted, self.loaded, self.faults = [], [], [], []   # what was asked, ended, loaded, done wrong
 
     def __enter__(self):
-        self.http = _Server(("127.0.0.1", self.port), _handler(self))
-        self.port = self.http.server_port
+        self.http = _Server(("127.0.0.1", self.port), _Handler)
+        self.http.stand_in, self.port = self, self.http.server_port
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": .02}, daemon=True).start()
         return self
 
@@ -165,36 +195,3 @@ def about(self:StandIn, path) -> dict:
     "What GET answers, or None."
     models = [{"id": m, "max_model_len": self.window if m == self.served[0] else None, "parent": None} for m in self.served]
     return {"/v1/models": {"data": models}, "/openapi.json": {"paths": {p: {} for p in self.paths}}, "/health": {}}.get(path)
-
-# %% ../nbs/35b_standin.ipynb #390b0c13
-def _handler(server):
-    "The class that `http.server` wants: one object a connection."
-    class Handler(BaseHTTPRequestHandler):
-        "Speaks HTTP for the server."
-        protocol_version = "HTTP/1.1"
-        def log_message(self, *args): pass
-
-        def do_GET(self):
-            found = server.about(self.path)
-            self.send(404 if found is None else 200, found or {})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            known = not server.key or self.headers.get("Authorization") == f"Bearer {server.key}"
-            self.send(*server.answer(self.path, body) if known else (401, {"error": {"message": "Unauthorized"}}))
-
-        def send(self, status, answer, fault=None):
-            text, plain = (answer if isinstance(answer, str) else json.dumps(answer)).encode(), isinstance(answer, str)
-            if fault == "drop":
-                self.close_connection = True
-                return self.connection.shutdown(socket.SHUT_RDWR)
-            if fault == "slow": time.sleep(server.slow)
-            if fault == "truncated": text = text[:len(text) // 2]
-            try:
-                self.send_response(status)
-                if not plain: self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-            except OSError: self.close_connection = True   # the client has gone
-    return Handler
