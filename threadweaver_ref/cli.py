@@ -9,9 +9,12 @@ from typing import Optional
 
 import typer
 
+from threadweaver_ref.cli_serve import add_commands
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Adaptive parallel reasoning: fork, decode in one batch, join, answer.")
 POLICY, DOMAIN = "tiny-rl", "programs"
+add_commands(app)
 
 
 def _questions(question, file):
