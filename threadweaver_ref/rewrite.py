@@ -19,8 +19,8 @@ def cut(trace: str) -> list:
     ends = r"(?<=\n)(?=[^\n])" if "\n" in trace.strip() else r"(?<=[.;!?]\s)(?=\S)"
     return [piece for piece in re.split(ends, trace) if piece]
 
-# %% ../nbs/32b_rewrite.ipynb #e9ee138b
-_NUMBER = r"-?\d+(?:,\d{3})*(?:\.\d+)?"
+# %% ../nbs/32b_rewrite.ipynb #1f28cf5f
+_NUMBER = r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)"
 _WORD = re.compile(rf"{_NUMBER}|[^\W\d_]\w*")
 _EMPTY = set("it this that these there he she they we i so thus then and the a an here which what answer left".split())
 
@@ -34,7 +34,7 @@ def _made(piece):
     "(values, names) that a piece makes."
     values, names = re.findall(rf"= *\$?({_NUMBER})", piece), re.findall(r"^\s*(\w+):", piece)
     for name, value in re.findall(r"(\w+) (?:=|is|are|gives|makes) \$?(-?\w[\w.,]*)", piece):
-        if name.lower() not in _EMPTY and not name.isdigit(): values, names = [*values, value.rstrip(".,")], [*names, name]
+        if (name.lower() not in _EMPTY or name in "ABCDEFGH") and not name.isdigit(): values, names = [*values, value.rstrip(".,")], [*names, name]
     return {_key(v) for v in values or re.findall(_NUMBER, piece)[-1:]}, {*names}
 
 @dataclass
@@ -44,18 +44,19 @@ class Piece:
     makes: set = field(default_factory=set)   # values and names
     needs: set = field(default_factory=set)   # numbers of earlier pieces, from 0
 
-# %% ../nbs/32b_rewrite.ipynb #11bf03f2
+# %% ../nbs/32b_rewrite.ipynb #897f3594
 def link(question, pieces: list) -> list:
     "`Piece`s with what they make and need. `pieces`: texts."
     given, found = words(question), []
     for text in pieces:
         values, names = _made(text)
-        mentioned, makes = words(text), {v for v in values if v not in given} | names
+        values = {v for v in values if v not in given and not (len(v) == 1 and v.isalpha())}   # a letter is too short to be no chance
+        mentioned, makes = words(text) - values, values | names
         last = {m: i for i, p in enumerate(found) for m in p.makes}
         found.append(Piece(text, makes, {i for m, i in last.items() if m in mentioned}))
     return found
 
-# %% ../nbs/32b_rewrite.ipynb #5ef25846
+# %% ../nbs/32b_rewrite.ipynb #de7c22f0
 def runs(pieces: list) -> list:
     "Numbers of pieces in runs: `[[0, 1], [2], ...]`. A piece joins the one before it if it needs that one alone, and nobody else does."
     found = []
@@ -66,8 +67,10 @@ def runs(pieces: list) -> list:
     return found
 
 def outline(text, width=40) -> str:
-    "What a thread will do: the text up to its first `=`, or to a colon behind the first word; cut at a word."
-    head = re.split(r"(?<=\w\s).*?=|=|(?<=\w\w): | is | are ", " ".join(text.split()))[0].strip(" :;.,")
+    "What a thread will do: the text up to its first `=`, `is` or `are`, or to a colon that is no label's; cut at a word."
+    head = re.split(r"=| is | are ", " ".join(text.split()))[0]
+    label, *parts = head.split(": ")
+    head = ": ".join([label, *parts[:len(label.split()) == 1]]).strip(" :;.,")
     return head if len(head) <= width else head[:width].rsplit(" ", 1)[0]
 
 def _step(number, texts, needs):
@@ -129,7 +132,7 @@ def prompt_for(question, pieces, fault="") -> str:
     numbered = "\n".join(f"{i}. {' '.join(p.split())}" for i, p in enumerate(pieces, 1))
     return PROMPT.format(question=question, pieces=numbered) + (AGAIN.format(fault=fault) if fault else "")
 
-# %% ../nbs/32b_rewrite.ipynb #f1826693
+# %% ../nbs/32b_rewrite.ipynb #d149a699
 def read_groups(
     reply: str,
     count: int,  # of pieces
@@ -138,7 +141,8 @@ def read_groups(
     start, end = reply.find("["), reply.rfind("]")
     try: data = json.loads(reply[start:end + 1])
     except (json.JSONDecodeError, RecursionError): raise ValueError("it holds no JSON list") from None
-    if not all(isinstance(g, dict) and {"pieces", "needs", "outline"} <= {*g} for g in data): raise ValueError("a step lacks pieces, needs or outline")
+    if not all(isinstance(g, dict) and {"pieces", "needs", "outline"} <= {*g} for g in data):
+        raise ValueError("a step lacks pieces, needs or outline")
     found = [([i - 1 for i in _whole(g["pieces"])], [i - 1 for i in _whole(g["needs"])], g["outline"]) for g in data]
     if [i for pieces, *_ in found for i in pieces] != list(range(count)): raise ValueError(f"the pieces are not 1 to {count}, each once and in order")
     for n, (pieces, needs, said) in enumerate(found, 1):
