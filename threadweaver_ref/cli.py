@@ -9,8 +9,11 @@ from typing import Optional
 
 import typer
 
+from threadweaver_ref.cli_adapt import app as adapt_app
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Adaptive parallel reasoning: fork, decode in one batch, join, answer.")
+app.add_typer(adapt_app, name="adapt")
 POLICY, DOMAIN = "tiny-rl", "programs"
 
 

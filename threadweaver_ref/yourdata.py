@@ -151,7 +151,7 @@ def _json(line):
     except json.JSONDecodeError as e: raise ValueError(f"not JSON: {e.msg} (character {e.pos + 1})") from None
     except RecursionError: raise ValueError("not JSON: nested too deep") from None
 
-# %% ../nbs/32_rows_of_your_own.ipynb #160a0de0
+# %% ../nbs/32_rows_of_your_own.ipynb #7e097c40
 class Fault(NamedTuple):
     "A broken rule, and the line of the file it stands in."
     line: int
@@ -169,6 +169,8 @@ class Row:
     def kind(self): return "steps" if self.problem.steps else "text" if self.text else "question"
     @property
     def split(self): return split_of(self.problem.question)
+    @property
+    def data(self): return {**row_data(self.problem), **({"text": self.text} if self.text else {})}
 
 @dataclass
 class Rows:
@@ -208,11 +210,12 @@ def _repeated(data, number, answers, seen):
     again = seen.setdefault(json.dumps(data, sort_keys=True), number)
     return [f"the same row as line {again}"] if again != number else []
 
-# %% ../nbs/32_rows_of_your_own.ipynb #54857f4e
+# %% ../nbs/32_rows_of_your_own.ipynb #20abdb40
 def row_data(problem) -> dict:
     "A `Problem` as a row; empty parts are left out."
     steps = [{"name": s.name, "needs": list(s.needs), "outline": s.outline, "work": s.work, "result": s.result} for s in problem.steps]
-    more = {"steps": steps, "opening": problem.opening, "closing": problem.closing, "family": problem.family}
+    more = {"steps": steps, "opening": problem.opening, "closing": problem.closing, "family": problem.family,
+            "domain": problem.domain if problem.domain != "yours" else ""}
     return {"question": problem.question, "answer": problem.answer, **{k: v for k, v in more.items() if v}}
 
 def write_yours(path, rows):
