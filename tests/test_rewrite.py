@@ -42,7 +42,7 @@ def test_pieces_joined_are_the_trace():
     ("?", ["A is x.", "B is x.", "C: box with x for o: bb;"], [set(), set(), set()]),   # a letter links nothing
     ("?", ["It is 5.", "It rains."], [set(), set()]),                       # nor does a word that names nothing
     ("?", ["3*4=12.", "120 and 1.12 and 12a."], [set(), set()]),            # whole numbers and words alone
-    ("?", ["5-7=-2.", "-2*3=-6."], [set(), {0}])])
+    ("?", ["Take x12 now.", "12+1=13."], [set(), set()]), ("?", ["5-7=-2.", "-2*3=-6."], [set(), {0}])])
 def test_links(question, pieces, needs): assert [p.needs for p in link(question, pieces)] == needs
 
 
