@@ -83,14 +83,16 @@ def start(plan) -> tuple:
     tiny = sum(p.numel() for p in model.parameters()) < TINY
     return add_adapters(model, plan) if (not tiny if plan.lora is None else plan.lora) else model, tokenizer
 
-# %% ../nbs/32c_adapt.ipynb #09ad91a5
+# %% ../nbs/32c_adapt.ipynb #be014285
 def usable(rows, tokenizer, window=None) -> tuple:
     "(the rows that a tokenizer and a window of so many positions can take, a `Fault` for each thing wrong with the others)."
     faults = [Fault(r.line, f) for r in rows for f in token_faults(r, tokenizer, window)]
     left_out = {f.line for f in faults}
     return [r for r in rows if r.line not in left_out], faults
 
-def window_of(model): return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def window_of(model) -> int | None:
+    "Positions of a model, if its config names them."
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 def answer_limits(rows, tokenizer) -> Limits:
     "`Limits` for answers: half as long again as the longest of the rows, in one line or forked; 2048 tokens where no row shows one."
