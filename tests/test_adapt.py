@@ -51,6 +51,13 @@ def test_a_tiny_base_is_trained_in_all_its_weights_and_another_one_through_lora(
     assert sft_config(Plan("mini-sft"), adapted).optimizer == "adamw" and same(adapted, start(Plan("mini-sft", lora=4))[0])
 
 
+def test_an_adapter_as_a_base_is_merged_or_refused(rows, tmp_path):
+    adapt(rows, tmp_path, Plan("mini-sft", **{**LITTLE, "rl_steps": 0}, lora=4, lr=.01))
+    merged, _ = start(Plan(str(tmp_path / "policy")))
+    assert not isinstance(merged, PeftModel) and not same(merged, load_policy("mini-sft", device="cpu")[0])
+    with pytest.raises(ValueError, match="is an adapter, on which no other can be put: export it"): start(Plan(str(tmp_path / "policy"), lora=4))
+
+
 def test_new_weights_by_seed():
     assert same(start(Plan("mini"))[0], start(Plan("mini"))[0]) and not same(start(Plan("mini"))[0], start(Plan("mini", seed=1))[0])
 
@@ -205,7 +212,8 @@ def test_train_eval_export(run, data, tmp_path):
     code, out, err = run("eval", "--policy", tmp_path / "run", "--data", data, "--longest", 200, "--out", tmp_path / "results")
     assert code == 0 and "speedup over twin" in out and "no twin" not in err
     about = json.loads((tmp_path / "results" / "twin.jsonl").read_text().splitlines()[0])
-    assert about["command"] == "threadweaver-ref adapt eval --policy policy --data yours.jsonl --split dev" and str(tmp_path) not in json.dumps(about)
+    assert about["command"] == "threadweaver-ref adapt eval --policy run --data yours.jsonl --split dev --batch 64 --join concat --longest 200"
+    assert str(tmp_path) not in json.dumps(about)
     code, out, _ = run("export", "--policy", tmp_path / "run", "--out", tmp_path / "exported")
     assert code == 0 and (tmp_path / "exported" / "model.safetensors").is_file() and "log-probabilities differ by at most" in out
 

@@ -59,7 +59,7 @@ class Plan:
             if (getattr(self, f) or 0) < 0: raise ValueError(f"{f}={getattr(self, f)}: must not be negative")
         if not self.sft_steps + self.selftrain + self.rl_steps: raise ValueError("nothing to do: sft_steps, selftrain and rl_steps are all 0")
 
-# %% ../nbs/32c_adapt.ipynb #0b577dd1
+# %% ../nbs/32c_adapt.ipynb #aa77f723
 def forget(model):
     "Take away what the model's config says of the questions it knows."
     if hasattr(model.config, "knows"): del model.config.knows
@@ -73,15 +73,18 @@ def add_adapters(model, plan):
     return model
 
 def start(plan) -> tuple:
-    "(model, tokenizer) of a plan, with adapters if it trains any. Raises `ValueError` as `load_policy` does."
+    "(model, tokenizer) of a plan, with adapters if it trains any. Raises `ValueError` as `load_policy` does, and for LoRA on an adapter."
     if plan.base in SIZES:
         torch.manual_seed(plan.seed)
         tokenizer = char_tokenizer()
         model = tiny_model(plan.base, tokenizer)
     else: model, tokenizer = load_policy(plan.base, device="cpu")
+    adapter = isinstance(model, PeftModel)
+    if adapter: model = merge_lora(model)
     forget(model)
-    tiny = sum(p.numel() for p in model.parameters()) < TINY
-    return add_adapters(model, plan) if (not tiny if plan.lora is None else plan.lora) else model, tokenizer
+    lora = sum(p.numel() for p in model.parameters()) >= TINY if plan.lora is None else plan.lora > 0
+    if lora and adapter: raise ValueError(f"{plan.base} is an adapter, on which no other can be put: export it, and take the merged folder as base")
+    return add_adapters(model, plan) if lora else model, tokenizer
 
 # %% ../nbs/32c_adapt.ipynb #be014285
 def usable(rows, tokenizer, window=None) -> tuple:

@@ -120,11 +120,11 @@ def evaluate(
     from threadweaver_ref.report import plain_table, reports_table
     if split not in ("dev", "test"): raise ValueError(f"unknown split {split!r}: choose dev or test")
     chosen = evaluation_problems(_read(data), split, problems)
+    given = f"--policy {public_path(policy)} --data {public_path(data)} --split {split}" + (f" --problems {problems}" if problems else "")
     beside = policy / "twin" / "policy"
     twin, policy = twin or (str(beside) if beside.is_dir() else None), policy / "policy" if (policy / "policy").is_dir() else policy
     if out: out.mkdir(parents=True, exist_ok=True)
-    command = f"threadweaver-ref adapt eval --policy {public_path(policy)} --data {public_path(data)} --split {split}"
-    about = provenance(command + (f" --problems {problems}" if problems else ""), seed=0)
+    about = provenance(f"threadweaver-ref adapt eval {given} --batch {batch} --join {join} --longest {longest}", seed=0)
     reports = measure(str(policy), chosen, twin, join, batch, longest, out, about)
     typer.echo(f"parallel mode, by family:\n\n{plain_table(reports['parallel'].table())}\n")
     typer.echo(plain_table(reports_table(reports, next(iter(reports)))))
