@@ -9,12 +9,14 @@ from typing import Optional
 
 import typer
 
+from threadweaver_ref.cli_adapt import app as adapt_app
 from threadweaver_ref.cli_serve import add_commands
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Adaptive parallel reasoning: fork, decode in one batch, join, answer.")
-POLICY, DOMAIN = "tiny-rl", "programs"
+app.add_typer(adapt_app, name="adapt")
 add_commands(app)
+POLICY, DOMAIN = "tiny-rl", "programs"
 
 
 def _questions(question, file):
