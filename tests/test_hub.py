@@ -197,7 +197,8 @@ from peft import AutoPeftModelForCausalLM
 from threadweaver_ref.model import load_policy
 print(AutoPeftModelForCausalLM.from_pretrained({str(tmp_path / 'adapter')!r}).get_base_model().name_or_path)
 print(load_policy({str(tmp_path / 'adapter')!r})[0].get_base_model().name_or_path)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
+    elsewhere = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=elsewhere)
     assert done.stdout.split() == [SMOLLM2, SMOLLM2] and "cannot be reached" not in done.stderr, done.stderr[-500:]
 
 

