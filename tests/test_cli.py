@@ -62,13 +62,13 @@ def test_solve_reads_a_file(run, tmp_path):
     (["train", "giant"], ["giant", "schoolbook-base", "schoolbook-sft"]),
     (["train", "schoolbook-base", "--out", __file__ + "/x"], [__file__]),
     (["evaluate", "--out", __file__ + "/x.json"], [__file__]),
-    (["evaluate", "--domain", "cards"], ["cards", "programs, loops, schoolbook"]),
+    (["evaluate", "--domain", "cards"], ["cards", "programs, loops, schoolbook, words"]),
     (["evaluate", "--domain", "schoolbook", "--split", "test"], ["schoolbook keeps no test problems: choose dev"]),
     (["evaluate", "--split", "held"], ["unknown split 'held': choose train, dev or test"]),
     (["load", "--out", __file__ + "/x"], [__file__]),
     (["evaluate", "--family", "narrow"], ["unknown family 'narrow': choose one of wide, quick"]),
     (["evaluate", "--mode", "quick"], ["quick", "parallel, sequential, autoregressive"]),
-    (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, loops, schoolbook"]),
+    (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, loops, schoolbook, words"]),
     (["gpu", "--out", __file__], [__file__]),
     (["gpu", "--out", "OUT", "--part", "bench"], ["bench", "cuda, steps, packing, pgrpo"]),
     (["demo", "--out", __file__], [__file__]),
@@ -168,7 +168,9 @@ def test_domains(run):
     assert code == 0
     for name in ("gsm8k", "sums", "chain", "product", "nested"): assert f"schoolbook, {name}: " in out
     for name in ("wide", "quick", "chain", "mixed", "nested"): assert f"programs, {name}: " in out
-    assert out.count("in the best flat schedule") == 16 and out.count("loops, ") == 6 and "loops: 36 families more\n" in out
+    for name in ("wide", "quick", "chain", "mixed", "nested", "new wide"): assert f"\nwords, {name}: " in out
+    assert out.count("in the best flat schedule") == 22 and out.count("\nloops, ") == 6 and "loops: 36 families more\n" in out
+    assert out.endswith("words: 4 families more\n")
 
 
 @pytest.fixture
@@ -211,7 +213,7 @@ def test_evaluate_keeps_a_row_a_problem_and_names_its_command(evaluated, tmp_pat
         about, *rows = files[f"schoolbook-sft-{mode}.jsonl"]
         assert about["settings"]["mode"] == mode and about["run"] == f"schoolbook-sft-{mode}" and str(tmp_path) not in json.dumps(about)
         assert about["command"] == ("threadweaver-ref evaluate --domain little --split dev --problems 2 --policy schoolbook-sft --mode sequential "
-                                    "--mode parallel --batch 3 --join concat --timed 1 --longest 4096 --out out")
+                                    "--mode parallel --join concat --batch 3 --timed 1 --longest 4096 --out out")
         assert [r["family"] for r in rows] == ["sums"] * 2 + ["chain"] * 2 and all(r["correct"] for r in rows)
         assert all((r["forks"] > 0) == (mode == "parallel" and r["family"] == "sums") for r in rows)
     for batch in (1, 3):
@@ -238,6 +240,16 @@ def test_evaluate_of_some_families(evaluated):
     _, _, _, files = evaluated("--policy", "schoolbook-sft", "--mode", "parallel", "--family", "chain")
     about, *rows = files["schoolbook-sft-parallel.jsonl"]
     assert [r["family"] for r in rows] == ["chain"] * 2 and "--problems 2 --family 'chain' --policy" in about["command"]
+
+
+def test_every_policy_may_have_its_own_join(evaluated):
+    policies = ("--policy", "schoolbook-sft", "--policy", "tiny-result", "--mode", "parallel")
+    _, _, _, files = evaluated(*policies, "--join", "concat", "--join", "result")
+    heads = {name: rows[0] for name, rows in files.items()}
+    assert {n: h["settings"]["join"] for n, h in heads.items()} == {"schoolbook-sft-parallel.jsonl": "concat", "tiny-result-parallel.jsonl": "result"}
+    assert all("--join concat --join result --batch" in h["command"] for h in heads.values())
+    code, _, err, _ = evaluated(*policies, *["--join", "kv"] * 3)
+    assert code == 2 and "3 joins for 2 policies: give one for all, or one for each" in err
 
 
 def test_load_keeps_its_rows_and_shows_ratios(run, tmp_path, little):

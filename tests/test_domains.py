@@ -84,7 +84,7 @@ def one(**parts): return Problem(**{"question": "?", "answer": 1, "domain": "d",
     (lambda: RandomForks(whole=-.1), "whole must be a probability from 0 to 1, not -0.1"),
     (lambda: Sequential().arrange(one()), "the problem '?' has no steps to arrange"),
     (lambda: best_flat(one()), "the problem '?' has no steps to arrange"),
-    (lambda: get_domain("algebra"), "unknown domain 'algebra': choose one of programs, loops, schoolbook"),
+    (lambda: get_domain("algebra"), "unknown domain 'algebra': choose one of programs, loops, schoolbook, words"),
     (lambda: families_of("algebra"), "unknown domain 'algebra': choose one of "),
     (lambda: split_problems("algebra", "dev", 1), "unknown domain 'algebra': choose one of "),
     (lambda: training_problem(random.Random(0), name="algebra"), "unknown domain 'algebra': choose one of "),
@@ -371,8 +371,8 @@ def test_a_user_registers_a_domain(monkeypatch):
     assert get_domain("doubles") is doubles and get_domain("doubles")(None, n=4).answer == "8"
     assert grade(r"\boxed{YES}", shouted(None)) and not grade(r"\boxed{YES}", replace(shouted(None), domain="elsewhere"))
     assert not grade("YES", shouted(None)) and grade(r"\boxed{yes}", replace(shouted(None), domain="elsewhere"))
-    with pytest.raises(ValueError, match="unknown domain 'x': choose one of programs, loops, schoolbook, doubles, shouted"): get_domain("x")
-    assert domain_names() == ["programs", "loops", "schoolbook", "doubles", "shouted"] and families_of("doubles") == ["doubles"]
+    with pytest.raises(ValueError, match="unknown domain 'x': choose one of programs, loops, schoolbook, words, doubles, shouted"): get_domain("x")
+    assert domain_names() == ["programs", "loops", "schoolbook", "words", "doubles", "shouted"] and families_of("doubles") == ["doubles"]
 
 
 # ---- shipped domains, families, splits
@@ -384,11 +384,11 @@ import sys
 from threadweaver_ref.domains import *
 from threadweaver_ref.domains import DOMAINS, SHIPPED
 def there(): return [n for n in SHIPPED if f"threadweaver_ref.{n}" in sys.modules]
-assert domain_names() == ["programs", "loops", "schoolbook"] and not there() and not DOMAINS
+assert domain_names() == ["programs", "loops", "schoolbook", "words"] and not there() and not DOMAINS
 assert grade(chr(92) + "boxed{1}", Problem("?", 1, "nobody's")) and not there()
 assert families_of("programs")[0] == "wide" and there() == ["programs"]
 assert find_domain("schoolbook").samplers.keys() == {"mixture", "decisions"} and there() == ["programs", "schoolbook"] == list(DOMAINS)
-assert len(families_of("loops")) == 42 and there() == list(SHIPPED)
+assert len(families_of("loops")) == 42 and len(families_of("words")) == 10 and there() == list(SHIPPED)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr

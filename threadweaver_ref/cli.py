@@ -105,7 +105,7 @@ def evaluate(
     mode: list[str] = typer.Option(["sequential", "parallel"], help="of decoding, or a baseline such as best-of-4; each policy in every one"),
     timed: int = typer.Option(0, help="of each family, so many are timed as well, all in turn, one at a time and in batches", min=0),
     batch: int = typer.Option(64, help="problems decoded together", min=1),
-    join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
+    join: list[str] = typer.Option(["concat"], help="how threads come back: concat, result or kv; one for all policies, or one for each"),
     longest: int = typer.Option(4096, help="tokens of an answer, at the most", min=1),
     out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a policy and mode; a stopped run goes on there"),
 ):
@@ -116,10 +116,12 @@ def evaluate(
     from threadweaver_ref.report import plain_table, reports_table
     families, names = {f: draw_split(domain, split, problems, f) for f in family or families_of(domain)}, {p: policy_name(p) for p in policy}
     if len({*names.values()}) < len(names): raise ValueError(f"several policies are called {names[policy[0]]!r}: measure one at a time")
+    if len(join) not in (1, len(policy)): raise ValueError(f"{len(join)} joins for {len(policy)} policies: give one for all, or one for each")
     if out: _writable(out / "x.jsonl")
-    runs = {f"{names[p]}-{m}": (*loaded, *find_way(m, join, batch, longest)) for p in policy for loaded in [load_policy(p)] for m in mode}
+    joined = zip(policy, join * len(policy))
+    runs = {f"{names[p]}-{m}": (*loaded, *find_way(m, j, batch, longest)) for p, j in joined for loaded in [load_policy(p)] for m in mode}
     given = [*(f"--family '{f}'" for f in family), *(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode),
-             f"--batch {batch} --join {join} --timed {timed} --longest {longest}", *([f"--out {public_path(out)}"] if out else [])]
+             *(f"--join {j}" for j in join), f"--batch {batch} --timed {timed} --longest {longest}", *([f"--out {public_path(out)}"] if out else [])]
     about = provenance(f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}", seed=0)
     reports = evaluate_all(runs, [p for ps in families.values() for p in ps], out, about)
     for name, report in reports.items(): typer.echo(f"\n{name}:\n\n{plain_table(report.table())}")

@@ -57,7 +57,7 @@ def domain(
     return sampler
 
 # %% ../nbs/08c_domains.ipynb #0d864d00
-SHIPPED = "programs", "loops", "schoolbook"   # modules that register the domain of their name; imported when it is asked for
+SHIPPED = "programs", "loops", "schoolbook", "words"   # modules that register the domain of their name; imported when it is asked for
 
 def allowed(
     names,    # any number of names

@@ -135,6 +135,12 @@ def _start(recipe, runs, changes):
     return load_policy(recipe.start, device="cpu")
 
 def _adapted(model, recipe):
+    "The model with an adapter to train: a new one; or the start's own, which goes on. Raises `ValueError` if that one has another rank."
+    if isinstance(model, PeftModel):
+        rank = model.peft_config["default"].r
+        if rank != recipe.lora: raise ValueError(f"lora={recipe.lora}: the adapter of {recipe.start} has rank {rank}")
+        model.set_adapter("default")   # loaded for decoding, its weights were frozen
+        return model
     model = add_lora(model, recipe.lora, 2 * recipe.lora)
     model.peft_config["default"].base_model_name_or_path = recipe.start
     return model
