@@ -50,7 +50,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.ndim and t.shape[-1] == len(char) and t.shape[-2:] != (32, len(char)): self.rows = max(self.rows, t.numel() // len(char))
+            if not isinstance(t, torch.Tensor) or not t.ndim or t.shape[-1] != len(char) or t.shape[-2:] == (32, len(char)): continue
+            self.rows = max(self.rows, t.numel() // len(char))
         return out
 
 
