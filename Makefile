@@ -19,10 +19,11 @@ demo: .venv/ready
 test: .venv/ready
 	$(ENV) ruff check
 	$(ENV) python tests/check_notebooks.py
-	$(ENV) $(ONE_THREAD) nbdev_test --n_workers $(WORKERS) --timing
+	$(ENV) $(ONE_THREAD) YOUR_MODEL=stand-in nbdev_test --n_workers $(WORKERS) --timing
 	$(ENV) $(ONE_THREAD) python -m pytest tests -q -n $(WORKERS)
 
 test-slow: .venv/ready
+	-$(ENV) python -c "from threadweaver_ref.hub import bring; bring()"
 	$(ENV) $(ONE_THREAD) nbdev_test --n_workers $(WORKERS) --timing --flags slow
 	$(ENV) $(ONE_THREAD) python -m pytest tests -q -n $(WORKERS) --slow
 
