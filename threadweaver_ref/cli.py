@@ -228,8 +228,7 @@ def domains():
 def results(out: Path = typer.Option(Path("results"), help="folder for a file a table or figure")):
     "Make every table and figure of README and the results notebooks again, from data/results; fails where one differs from what is saved."
     from threadweaver_ref.results import make_results
-    said = {True: "differs from the notebook", False: "as in the notebook"}
-    old = make_results(out, on_shown=lambda made, changed: typer.echo(f"{out / made.file}: {said[changed]}"))
+    old = make_results(out, on_shown=lambda made, changed: typer.echo(f"{out / made.file}: {'differs from' if changed else 'as in'} the notebook"))
     if old: raise ValueError(f"{', '.join(s.name for s in old)}: not what the notebooks show; run them again and save them, then make readme")
 
 
