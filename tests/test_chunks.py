@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import NAMES, build
-from helpers import ARCHITECTURES, TOKENIZERS, rngs, tiny
+from helpers import ARCHITECTURES, TOKENIZERS, rngs, spied, tiny
 from test_pgrpo import run
 from test_tree import random_tree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,6 +44,18 @@ def passed(model, inputs, **options):
     return found.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@torch.no_grad()
+def by_hand(model, inputs, banned=(), temperature=1.0):
+    "From all logits, one token after another."
+    logits = model(**{k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask")}, use_cache=False).logits / temperature
+    allowed = [v for v in range(logits.shape[-1]) if v not in banned]
+    found = []
+    for row, column in inputs["sampled"].nonzero().tolist():
+        line, token = logits[row, inputs["parent_index"][row, column]], int(inputs["input_ids"][row, column])
+        found.append(line[token] - line[allowed].logsumexp(0) if token in allowed else torch.tensor(-torch.inf))
+    return torch.stack(found).float()
+
+
 class Largest(TorchDispatchMode):
     "The largest number of rows of any tensor whose last dimension is the vocabulary, but for the output matrix (V, 32) turned round."
     rows = 0
@@ -60,6 +72,7 @@ def test_chunks_change_nothing(kind):
     model, inputs = made(kind), batch()
     for options in ({}, {"banned": [8, 9], "temperature": .7}):
         whole = passed(model, inputs, **options)
+        torch.testing.assert_close(whole[0], by_hand(model, inputs, **options), atol=1e-5, rtol=1e-5)
         for chunk in (1, 7, 64):
             for found, wanted in zip(passed(model, inputs, chunk=chunk, **options), whole, strict=True):
                 torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
@@ -76,6 +89,18 @@ def test_never_more_logits_than_a_chunk(kind):
             loss = tree_logprobs(model, inputs, chunk=9).sum()
             if grad: loss.backward()
         assert 0 < seen.rows <= 9
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
+    model, inputs, kept = made("Llama"), batch(), []
+    check_model(model)
+    def note(tensor):
+        if tensor.ndim and len(char) in tensor.shape and tensor.numel() != len(char) * 32: kept.append(tensor.shape)
+        return tensor
+    for options, wanted in (({}, True), ({"chunk": 9}, False)):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor): tree_logprobs(model, inputs, **options)
+        assert bool(kept) is wanted
 
 
 def test_a_chunk_is_as_large_as_a_number_of_logits_allows(monkeypatch):
@@ -161,14 +186,17 @@ def test_a_model_without_layers_is_refused():
         with recomputed(torch.nn.Linear(1, 1)): pass
 
 
-def test_training_is_the_same():
-    "Fine-tuning and P-GRPO through LoRA, to the last bit; and a run may go on either way."
-    a, b = fresh(), fresh()
+def test_training_is_the_same(monkeypatch):
+    "Fine-tuning and P-GRPO through LoRA, to the last bit."
+    a, b, again = fresh(), fresh(), spied(monkeypatch, chunks, "checkpoint")
     log = train_sft(a, TOKENIZER, MIXED, SHORT)
-    again = train_sft(b, TOKENIZER, MIXED, replace(SHORT, gradient_checkpointing=True))
-    assert torch.equal(flat(a.parameters()), flat(b.parameters())) and [r["loss"] for r in log] == [r["loss"] for r in again]
+    assert not again
+    other_log = train_sft(b, TOKENIZER, MIXED, replace(SHORT, gradient_checkpointing=True))
+    assert torch.equal(flat(a.parameters()), flat(b.parameters())) and [r["loss"] for r in log] == [r["loss"] for r in other_log] and again
     learner, rows = run()
+    again.clear()
     other, others = run(gradient_checkpointing=True)
+    assert again
     assert torch.equal(adapters(learner), adapters(other)) and [r["loss"] for r in rows] == [r["loss"] for r in others]
 
 

@@ -108,7 +108,7 @@ def recomputed(
     model,
     on=True,  # False: nothing changes
 ):
-    "Within it, a forward pass keeps the inputs of the layers alone. Raises `ValueError` for a model without layers that Transformers can recompute."
+    "Within it, a forward pass without a cache keeps the inputs of the layers alone. Raises `ValueError` for a model that has no layers to recompute."
     layers = [m for m in plain(model).modules() if isinstance(m, GradientCheckpointingLayer)] if on else []
     if on and not layers: raise ValueError(f"gradient_checkpointing: {type(_inner(model)).__name__} has no layers that can be computed again")
     with ExitStack() as stack:
