@@ -105,8 +105,7 @@ def evaluate(
     policy: list[str] = typer.Option([POLICY], help="a shipped policy, a folder, or a hub name; several are measured on the same problems"),
     domain: str = typer.Option(DOMAIN, help="which problems (`threadweaver-ref domains` lists them)"),
     split: str = typer.Option("dev", help="dev, or test (measured for a release only)"),
-    problems: int = typer.Option(100, help="of each family", min=1),
-    family: list[str] = typer.Option([], help="of these families alone"),
+    problems: int = typer.Option(100, help="of each family", min=1), family: list[str] = typer.Option([], help="of these families alone"),
     mode: list[str] = typer.Option(["sequential", "parallel"], help="of decoding, or a baseline such as best-of-4; each policy in every one"),
     timed: int = typer.Option(0, help="of each family, so many are timed as well, all in turn, one at a time and in batches", min=0),
     batch: int = typer.Option(64, help="problems decoded together", min=1),
@@ -123,8 +122,8 @@ def evaluate(
     if len({*names.values()}) < len(names): raise ValueError(f"several policies are called {names[policy[0]]!r}: measure one at a time")
     if len(join) not in (1, len(policy)): raise ValueError(f"{len(join)} joins for {len(policy)} policies: give one for all, or one for each")
     if out: _writable(out / "x.jsonl")
-    joined = zip(policy, join * len(policy))
-    runs = {f"{names[p]}-{m}": (*loaded, *find_way(m, j, batch, longest)) for p, j in joined for loaded in [load_policy(p)] for m in mode}
+    runs = {f"{names[p]}-{m}": (*loaded, *find_way(m, j, batch, longest))
+            for p, j in zip(policy, join * len(policy)) for loaded in [load_policy(p)] for m in mode}
     given = [*(f"--family '{f}'" for f in family), *(f"--policy {names[p]}" for p in policy), *(f"--mode {m}" for m in mode),
              *(f"--join {j}" for j in join), f"--batch {batch} --timed {timed} --longest {longest}", *([f"--out {public_path(out)}"] if out else [])]
     about = provenance(f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}", seed=0)
