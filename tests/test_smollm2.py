@@ -129,16 +129,16 @@ def test_siblings_are_independent(policy, join):   # 5
 
 def test_neighbours_change_nothing(policy):   # 6
     model, tokenizer = policy
-    asked = QUESTIONS[:5]
+    asked = QUESTIONS[:4]
     def config(**more):
-        return DecodeConfig(**{"temperature": 1., "hook": Script(tokenizer, clean_plan), "batch": 3, "limits": Limits(max_tokens=150), **more})
+        return DecodeConfig(**{"temperature": 1., "hook": Script(tokenizer, clean_plan), "batch": 3, "limits": Limits(max_tokens=80), **more})
     together = generate(model, tokenizer, asked, config())
     assert any(r.forks for r in together) and all(r.tree == replayed(r, tokenizer, config()) for r in together)
     same_logprobs(model, together)
-    for r in together[:2]: assert same(r, generate(model, tokenizer, [r.question], config())[0])
+    for r in together[:1]: assert same(r, generate(model, tokenizer, [r.question], config())[0])
     for r, again in zip(together[::-1], generate(model, tokenizer, asked[::-1], config(batch=64)), strict=True): assert same(r, again)
     other = generate(model, tokenizer, asked, config(seed=1))
-    assert sum(not same(a, b) for a, b in zip(together, other, strict=True)) >= 4
+    assert sum(not same(a, b) for a, b in zip(together, other, strict=True)) >= 3
 
 
 def test_an_adapter_names_the_hubs_model(tmp_path):
