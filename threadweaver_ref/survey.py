@@ -37,7 +37,7 @@ def training_items(
         items.append(replay(trajectory, encode_prompt(tokenizer, r.problem.question), tokenizer, join))
     return items
 
-# %% ../nbs/32a_survey.ipynb #d5636772
+# %% ../nbs/32a_survey.ipynb #1b134d67
 def token_faults(
     row: Row,
     tokenizer,
@@ -58,7 +58,7 @@ def could_fork(problem) -> bool:
     above = {}
     for s in problem.steps: above[s.name] = set(s.needs).union(*(above[n] for n in s.needs))
     able = [s.name for s in problem.steps if s.outline]
-    return any(a not in above[b] and b not in above[a] for i, a in enumerate(able) for b in able[:i])
+    return any(b not in above[a] for i, a in enumerate(able) for b in able[:i])   # none needs a later one
 
 # %% ../nbs/32a_survey.ipynb #69dd941b
 def few_orders(
