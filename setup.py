@@ -28,7 +28,7 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
     packages=find_packages(include=[cfg["lib_path"]]), python_requires=f">={cfg['min_python']}", cmdclass={"build_py": BuildWithData},
-    install_requires=shlex.split(cfg["requirements"]), extras_require={"dev": shlex.split(cfg["dev_requirements"])},
+    install_requires=shlex.split(cfg["requirements"]), extras_require={extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in ("dev", "gguf")},
     entry_points={"console_scripts": shlex.split(cfg["console_scripts"]), "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     long_description=open("README.md", encoding="utf-8").read(), long_description_content_type="text/markdown",
     classifiers=["Development Status :: 3 - Alpha", "Programming Language :: Python :: 3"],

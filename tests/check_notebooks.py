@@ -10,7 +10,7 @@ from pathlib import Path
 from threadweaver_ref.results import shown
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = {"cli.py"}   # modules that no notebook makes
+PLAIN = {"cli.py", "cli_adapt.py", "cli_serve.py"}   # modules that no notebook makes
 
 
 def drift(copy) -> list:

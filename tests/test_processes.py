@@ -16,6 +16,7 @@ def test_two_processes_make_the_same_update(tmp_path):
         from dataclasses import replace
         from test_pgrpo import run
         from training import MIXED, SHORT, TOKENIZER, adapters, flat, fresh, stop_at
+        from threadweaver_ref import chunks
         from threadweaver_ref.sft import train_sft
         torch.set_num_threads(1)
         folder, model = sys.argv[1], fresh()
@@ -23,7 +24,8 @@ def test_two_processes_make_the_same_update(tmp_path):
         try: train_sft(model, TOKENIZER, MIXED, config, stop_at(3))
         except KeyboardInterrupt: pass
         tuned = train_sft(model, TOKENIZER, MIXED, config)
-        learner, log = run(folder + "/rl", own=True)
+        chunks.LARGEST = 20 * len(TOKENIZER)   # logits in chunks, and layers computed again: so in two processes as well
+        learner, log = run(folder + "/rl", own=True, gradient_checkpointing=True)
         torch.save([flat(model.parameters()), tuned, adapters(learner), log], folder + f"/{torch.distributed.get_rank()}.pt")
     """, tmp_path)
     assert len(list((tmp_path / "sft").glob("step-*/random_states_*"))) == 2   # there were two

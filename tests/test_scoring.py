@@ -42,16 +42,21 @@ def batched(model, trees, size=7):
     return out
 
 
-@pytest.mark.parametrize("join", ["concat", "result"])
-def test_packed_is_unpacked(setting, join):
-    model, tokenizer, name = setting
-    made = [(random_forks(rng, 3, conclusions=join == "result"), encode_prompt(tokenizer, random_text(rng))) for rng in rngs(21, name)]
+def check_packed(model, tokenizer, made, join, tolerance=1e-4):
+    "Every unit of each (trajectory, prompt) scored on the packed tree, and alone."
     trees = [replay(t, prompt, tokenizer, join) for t, prompt in made]
     for (trajectory, prompt), tree, packed in zip(made, trees, batched(model, trees), strict=True):
         expected = {(tuple(c), tuple(w)): alone(model, c, w) for c, w in units(trajectory, prompt, tokenizer, join)}
         found = {(tuple(tree.path_ids(tree.parents[s][0])), tuple(tree.ids[s])): p for s, p in packed.items()}
         assert found.keys() == expected.keys()
-        for unit, p in found.items(): assert torch.allclose(p, expected[unit], atol=1e-4)
+        for unit, p in found.items(): assert torch.allclose(p, expected[unit], atol=tolerance)
+
+
+@pytest.mark.parametrize("join", ["concat", "result"])
+def test_packed_is_unpacked(setting, join):
+    model, tokenizer, name = setting
+    made = [(random_forks(rng, 3, conclusions=join == "result"), encode_prompt(tokenizer, random_text(rng))) for rng in rngs(21, name)]
+    check_packed(model, tokenizer, made, join)
 
 
 class ByHand:
@@ -136,9 +141,14 @@ def change(trajectory, path):
 @pytest.mark.parametrize("join", JOINS)
 def test_siblings_are_independent(setting, join):
     model, tokenizer, name = setting
-    made, cases = rngs(20, "siblings" + name), []
-    for rng in made:
-        trajectory, prompt = random_forks(rng, 3), encode_prompt(tokenizer, random_text(rng))
+    made = [(random_forks(rng, 3), encode_prompt(tokenizer, random_text(rng)), rng) for rng in rngs(20, "siblings" + name)]
+    check_siblings(model, tokenizer, made, join)
+
+
+def check_siblings(model, tokenizer, made, join, tolerance=1e-5):
+    "In each (trajectory, prompt, rng) one thread is changed: its siblings score as before."
+    cases = []
+    for trajectory, prompt, rng in made:
         path = rng.choice(list(thread_paths(trajectory)))
         cases.append((path, *(played(t, prompt, tokenizer, rng, join) for t in (trajectory, change(trajectory, path)))))
     before = batched(model, [old[0] for _, old, _ in cases])
@@ -150,11 +160,11 @@ def test_siblings_are_independent(setting, join):
                     and q[len(above)][1] != thread]
         assert siblings
         for q in siblings:
-            for x, y in zip(probs(old, a, q), probs(new, b, q), strict=True): assert torch.allclose(x, y, atol=1e-5)
+            for x, y in zip(probs(old, a, q), probs(new, b, q), strict=True): assert torch.allclose(x, y, atol=tolerance)
         parent = list(zip(probs(old, a, above), probs(new, b, above), strict=True))
-        for x, y in parent[:fork]: assert torch.allclose(x, y, atol=1e-5)   # before the fork
+        for x, y in parent[:fork]: assert torch.allclose(x, y, atol=tolerance)   # before the fork
         for x, y in parent[fork:]:                                         # after its join: changed, but for `result`, which saw no conclusion
-            assert torch.allclose(x, y, atol=1e-5) if join == "result" else (x - y).abs().max() > 1e-4
+            assert torch.allclose(x, y, atol=tolerance) if join == "result" else (x - y).abs().max() > 1e-4
 
 
 # ---- what is scored

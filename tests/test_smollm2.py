@@ -1,13 +1,21 @@
-"""A real instruct model, SmolLM2-135M-Instruct: the decoder writes what transformers writes, and an adapter with new tokens is small. Slow."""
+"""A real instruct model, SmolLM2-135M-Instruct: what holds for tiny random models holds for it, with its tokenizer and chat template. Slow."""
+import random
+
 import pytest
 import torch
 from smollm2 import smollm2
+from test_decode import Script, block, check_against_plain_loop, clean_plan, random_plan, replayed, same, same_logprobs
+from test_scoring import check_packed, check_siblings
 
 from threadweaver_ref.decode import DecodeConfig, generate
+from threadweaver_ref.domains import Grouped, WheneverReady
 from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.hub import SMOLLM2
 from threadweaver_ref.model import add_lora, decoding_copy, load_policy, save_policy
 from threadweaver_ref.format import CONTROL_TOKENS
-from threadweaver_ref.tokenizer import control_ids, encode_prompt
+from threadweaver_ref.sft import concluding
+from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
+from threadweaver_ref.words import words
 
 pytestmark = pytest.mark.slow
 QUESTIONS = [
@@ -78,3 +86,62 @@ def test_an_adapter_on_new_tokens_takes_20_mb(policy, tmp_path):
         assert torch.equal(load_policy(tmp_path, device="cpu")[0](input_ids=ids).logits, wanted)
         assert (policy[0](input_ids=ids).logits - wanted).abs().max() > 1
         torch.testing.assert_close(decoding_copy(lora)(input_ids=ids).logits, wanted, atol=1e-3, rtol=1e-4)
+
+
+# ---- what must hold, always: DESIGN's numbers
+
+FAMILIES = {"wide": WheneverReady(), "mixed": WheneverReady(), "nested": Grouped()}
+
+
+def worked(tokenizer, join):
+    "Word problems in English, worked with forks: (trajectory, ids of the question in the chat template, rng)."
+    for i, (family, arrangement) in enumerate(FAMILIES.items()):
+        rng = random.Random(i)
+        problem = words(rng, family, small=True)
+        yield concluding(arrangement, join).arrange(problem, rng), encode_prompt(tokenizer, problem.question), rng
+
+
+def plan(branch, tokenizer):
+    "A fork of two, then what the model likes for a while, and an end."
+    if not branch.path and not branch.forks: return encode_text(tokenizer, block("1:the first part", "2:the second part"))
+    return [None] * 8 + (encode_text(tokenizer, "</Thread>") if branch.path else [tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize("join", ["concat", "result"])
+def test_packed_is_unpacked(policy, join):   # 1
+    check_packed(*policy, [(t, prompt) for t, prompt, _ in worked(policy[1], join)], join)
+
+
+@pytest.mark.parametrize("join", ["concat", "result"])
+def test_decoded_is_rerun_and_its_tree_is_the_replay(policy, join):   # 2 and 3
+    model, tokenizer = policy
+    limits = Limits(max_tokens=120, max_thread_tokens=30)
+    for script in (plan, random_plan):
+        config = DecodeConfig(join=join, hook=Script(tokenizer, script), batch=2, limits=limits)
+        found = check_against_plain_loop(model, tokenizer, QUESTIONS[:2] + QUESTIONS[18:19], config)
+        assert any(r.forks for r in found)
+
+
+@pytest.mark.parametrize("join", ["concat", "result", "kv"])
+def test_siblings_are_independent(policy, join):   # 5
+    check_siblings(*policy, worked(policy[1], join), join, tolerance=1e-4)
+
+
+def test_neighbours_change_nothing(policy):   # 6
+    model, tokenizer = policy
+    asked = QUESTIONS[:4]
+    def config(**more):
+        return DecodeConfig(**{"temperature": 1., "hook": Script(tokenizer, clean_plan), "batch": 3, "limits": Limits(max_tokens=80), **more})
+    together = generate(model, tokenizer, asked, config())
+    assert any(r.forks for r in together) and all(r.tree == replayed(r, tokenizer, config()) for r in together)
+    same_logprobs(model, together)
+    for r in together[:1]: assert same(r, generate(model, tokenizer, [r.question], config())[0])
+    for r, again in zip(together[::-1], generate(model, tokenizer, asked[::-1], config(batch=64)), strict=True): assert same(r, again)
+    other = generate(model, tokenizer, asked, config(seed=1))
+    assert sum(not same(a, b) for a, b in zip(together, other, strict=True)) >= 3
+
+
+def test_an_adapter_names_the_hubs_model(tmp_path):
+    model, tokenizer = load_policy(smollm2(), device="cpu")
+    save_policy(add_lora(model, r=2), tokenizer, tmp_path)
+    assert f'"base_model_name_or_path": "{SMOLLM2}"' in (tmp_path / "adapter_config.json").read_text()

@@ -28,7 +28,8 @@ def test_config_is_validated(bad):
 def test_defaults_are_the_ones_written_down():
     assert asdict(TrainConfig()) == dict(
         steps=1000, batch=64, micro_tokens=2048, lr=1e-3, optimizer="adamw", warmup=.05, weight_decay=.01, betas=(.9, .95), clip=1.0,
-        join="concat", chat=None, seed=0, folder=None, save_every=200, mixed_precision=None, attention="dense")
+        join="concat", chat=None, seed=0, folder=None, save_every=200, mixed_precision=None, attention="dense",
+        gradient_checkpointing=False)
 
 
 def test_an_epoch_sees_every_problem_once():

@@ -39,8 +39,9 @@ def settings_of(
     config,   # a dataclass
     **more,   # further settings
 ) -> dict:
-    "All that must be the same for a run to continue, as plain data. Where and how often it saves may change."
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("folder", "save_every")}
+    "All that must be the same for a run to continue, as plain data. Where and how often it saves may change, and what is computed again."
+    free = ("folder", "save_every", "gradient_checkpointing")
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free}
     return {k: _plain(v) for k, v in {**kept, **more}.items()}
 
 # %% ../nbs/14_checkpoint.ipynb #c434981b

@@ -9,8 +9,13 @@ from typing import Optional
 
 import typer
 
+from threadweaver_ref.cli_adapt import app as adapt_app
+from threadweaver_ref.cli_serve import add_commands
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Adaptive parallel reasoning: fork, decode in one batch, join, answer.")
+app.add_typer(adapt_app, name="adapt")
+add_commands(app)
 POLICY, DOMAIN = "tiny-rl", "programs"
 
 
@@ -220,8 +225,7 @@ def domains():
 def results(out: Path = typer.Option(Path("results"), help="folder for a file a table or figure")):
     "Make every table and figure of README and the results notebooks again, from data/results; fails where one differs from what is saved."
     from threadweaver_ref.results import make_results
-    said = {True: "differs from the notebook", False: "as in the notebook"}
-    old = make_results(out, on_shown=lambda made, changed: typer.echo(f"{out / made.file}: {said[changed]}"))
+    old = make_results(out, on_shown=lambda made, changed: typer.echo(f"{out / made.file}: {'differs from' if changed else 'as in'} the notebook"))
     if old: raise ValueError(f"{', '.join(s.name for s in old)}: not what the notebooks show; run them again and save them, then make readme")
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 from .domains import allowed, data_dir
+from .hub import at_hand, hub_name
 from .tokenizer import add_control_tokens, untrained_rows
 from .scoring import check_model
 
@@ -118,9 +119,10 @@ def find_policy(
 
 # %% ../nbs/10_model.ipynb #a2177046
 def _lasting(base):
-    "A base's name as an adapter keeps it: `data/policies/NAME` if shipped, the absolute path of another folder, otherwise (a hub id) unchanged."
+    "A base's name as an adapter keeps it: a hub id, `data/policies/NAME` if shipped, or else the absolute path of its folder."
     folder = _folder(base) if base else None
     if not folder: return base
+    if (named := hub_name(folder)) != str(folder): return named
     shipped = [name for name, f in shipped_policies().items() if f.resolve() == folder.resolve()]
     return f"data/policies/{shipped[0]}" if shipped else str(folder.resolve())
 
@@ -143,6 +145,7 @@ def save_policy(
     options = {}
     if isinstance(model, PeftModel):
         for config in model.peft_config.values(): config.base_model_name_or_path = _lasting(config.base_model_name_or_path)
+        model.base_model.model.name_or_path = model.config.name_or_path = config.base_model_name_or_path   # peft writes them into the model card
         options = {"save_embedding_layers": False}
     model.save_pretrained(folder, safe_serialization=True, **options)
     tokenizer.save_pretrained(folder)
@@ -233,6 +236,7 @@ def load_policy(
     try:
         with _quiet():
             base, adapter = _base_and_adapter(name, adapter)
+            base = at_hand(base)   # a hub id, or the folder that stands in for it
             tokenizer = _load_tokenizer(base)
             model = _load_model(base, dtype or (torch.float32 if str(device) == "cpu" else "auto"))
             add_control_tokens(tokenizer, model)

@@ -13,7 +13,8 @@ from fastcore.basics import patch
 
 from .cache import FlatCache, Lanes
 from .rows import Part, flat_pass, reads_by_rows
-from .scoring import additive, few_logits
+from .chunks import few_logits
+from .scoring import additive
 
 # %% ../nbs/12c_reader.ipynb #2c3a7843
 class Reader:

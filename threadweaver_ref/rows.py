@@ -13,7 +13,8 @@ import torch
 from transformers import AttentionInterface
 
 from .cache import FlatCache
-from .scoring import additive, agree, few_logits
+from .chunks import few_logits
+from .scoring import additive, agree
 
 # %% ../nbs/11b_rows.ipynb #a6c96946
 class Part(NamedTuple):

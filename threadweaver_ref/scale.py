@@ -9,6 +9,7 @@ __all__ = ['TINY', 'WAYS', 'PARTS', 'Plan', 'Record', 'wide_trajectory', 'packed
 # %% ../nbs/21_scale.ipynb #2cd10167
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -120,7 +121,7 @@ def wide_trajectory(
 def packed_loss(model, tree):
     "Minus the mean log-probability of the sampled tokens, in one pass over the packed tree."
     flex = model.config._attn_implementation == "flex_attention"
-    batch = collate_blocks([tree.pack()], model.device) if flex else collate([tree.pack()], model.device, model.dtype)
+    batch = collate_blocks([tree.pack()], model.device) if flex else collate([tree.pack()], model.device, model.dtype, limit=math.inf)
     return -tree_logprobs(model, batch).mean()
 
 def unit_losses(model, requests):

@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from .checkpoint import NoFolder, RunFolder, digest, settings_of, training_set
+from .chunks import plain, recomputed
 from .joins import get_join
-from .scoring import check_model, collate, collate_blocks, plain, tree_logprobs
+from .scoring import check_model, collate, collate_blocks, tree_logprobs
 
 # %% ../nbs/14_train.ipynb #8affa86d
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class TrainConfig:
     save_every: int = 200            # steps
     mixed_precision: str | None = None  # None: bf16 on a GPU that has it, otherwise full ("no")
     attention: str = "dense"         # the whole mask, or "flex": FlexAttention by blocks (CUDA only: it has no backward on a CPU)
+    gradient_checkpointing: bool = False   # compute the layers again in the backward pass: less memory, about a third more time
 
     def __post_init__(self): check_settings(self)
 
@@ -121,6 +123,7 @@ class Setup(NamedTuple):
     model: torch.nn.Module   # on its device; for several processes, wrapped
     optimizers: list
     schedules: list          # of the learning rate, one an optimiser
+    recompute: bool = False  # gradient checkpointing
 
 def precision(config, cuda) -> str:
     "The mixed precision to train in. A GPU that only emulates bf16 (a T4) trains in full: fp16 would need a scaled loss, and skip steps."
@@ -147,7 +150,7 @@ def prepared(
         optimizers = make_optimizers(model, config, cuda)
         schedules = [get_cosine_schedule_with_warmup(o, int(config.warmup * config.steps), config.steps) for o in optimizers]
         wrapped, *optimizers = accelerator.prepare(model.train(dropout), *optimizers)
-        yield Setup(accelerator, wrapped, optimizers, schedules)
+        yield Setup(accelerator, wrapped, optimizers, schedules, config.gradient_checkpointing)
     finally:
         extract_model_from_parallel(model, keep_fp32_wrapper=False).eval()
         if flex: model.set_attn_implementation(attention)
@@ -161,7 +164,7 @@ def _score(setup, group, banned, temperature):
     "(T,) log-probabilities of a micro-batch's sampled tokens."
     flex = plain(setup.model).config._attn_implementation == "flex_attention"
     batch = (collate_blocks if flex else collate)(group, setup.accelerator.device)
-    with setup.accelerator.autocast(): return tree_logprobs(setup.model, batch, banned(group), temperature)
+    with setup.accelerator.autocast(), recomputed(setup.model, setup.recompute): return tree_logprobs(setup.model, batch, banned(group), temperature)
 
 def _backward(setup, groups, loss_of, count, banned, temperature):
     "Gradients of the whole step, and this process's part of the loss."

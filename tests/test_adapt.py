@@ -1,0 +1,242 @@
+"A model adapted to a file: what each stage is told, that a killed run goes on to the same weights, what is evaluated and exported."
+import io
+import json
+import random
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from threadweaver_ref import adapt as adapting
+from threadweaver_ref import cli
+from threadweaver_ref.adapt import (Plan, adapt, answer_limits, evaluation_problems, export_policy, fine_tune, forget, measure, pgrpo_config,
+                                    sft_config, start, usable)
+from threadweaver_ref.domains import Problem, RandomForks, Sequential, Step, training_problem, write_rows
+from threadweaver_ref.model import load_policy
+from threadweaver_ref.tokenizer import char_tokenizer
+from threadweaver_ref.yourdata import Row, Rows, read_yours, row_data
+
+LITTLE = dict(sft_steps=2, rl_steps=2, batch=2, rl_batch=2, save_every=1)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    "Quick programs, which `mini-sft` can do, so that rollouts are short and some are correct."
+    drawn = [training_problem(random.Random(seed), families=["quick"]) for seed in range(12)]
+    return Rows([Row(i, p) for i, p in enumerate(sorted(drawn, key=lambda p: len(p.question)), 1)])
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(sft_steps=-1), "sft_steps=-1: must not be negative"), (dict(join="sum"), "sum"),
+                                         (dict(lora=-2), "lora=-2"), (dict(sft_steps=0, rl_steps=0), "nothing to do")])
+def test_mistakes_in_a_plan(wrong, said):
+    with pytest.raises(ValueError, match=said): Plan("mini-sft", **wrong)
+
+
+def test_a_tiny_base_is_trained_in_all_its_weights_and_another_one_through_lora(monkeypatch):
+    model, _ = start(Plan("mini-sft"))
+    assert not isinstance(model, PeftModel) and not hasattr(model.config, "knows")
+    assert hasattr(load_policy("mini-sft", device="cpu")[0].config, "knows")
+    assert sft_config(Plan("mini-sft"), model).optimizer == "muon"
+    adapted, _ = start(Plan("mini-sft", lora=4))
+    config = adapted.peft_config["default"]
+    assert isinstance(adapted, PeftModel) and config.r == 4 and config.base_model_name_or_path == "mini-sft"
+    monkeypatch.setattr(adapting, "TINY", 1000)
+    assert isinstance(start(Plan("mini-sft"))[0], PeftModel) and not isinstance(start(Plan("mini-sft", lora=0))[0], PeftModel)
+    assert sft_config(Plan("mini-sft"), adapted).optimizer == "adamw" and same(adapted, start(Plan("mini-sft", lora=4))[0])
+
+
+def test_an_adapter_as_a_base_is_merged_or_refused(rows, tmp_path):
+    adapt(rows, tmp_path, Plan("mini-sft", **{**LITTLE, "rl_steps": 0}, lora=4, lr=.01))
+    merged, _ = start(Plan(str(tmp_path / "policy")))
+    assert not isinstance(merged, PeftModel) and not same(merged, load_policy("mini-sft", device="cpu")[0])
+    with pytest.raises(ValueError, match="is an adapter, on which no other can be put: export it"): start(Plan(str(tmp_path / "policy"), lora=4))
+
+
+def test_new_weights_by_seed():
+    assert same(start(Plan("mini"))[0], start(Plan("mini"))[0]) and not same(start(Plan("mini"))[0], start(Plan("mini", seed=1))[0])
+
+
+def test_what_the_twin_is_told(rows):
+    model, tokenizer = start(Plan("mini"))
+    own, twin = Plan("mini"), Plan("mini", twin=True)
+    assert isinstance(sft_config(own, model).arrangement, RandomForks) and sft_config(own, model).sequential > 0
+    told = sft_config(twin, model)
+    assert told.arrangement == Sequential() and told.autoregressive == 0
+    limits = answer_limits(rows.rows, tokenizer)
+    assert pgrpo_config(own, limits).mode == "parallel" and pgrpo_config(twin, limits).mode == "sequential"
+
+
+def test_limits_of_an_answer():
+    steps = [Step("a", (), "a", "x" * 50), Step("b", (), "b", "y" * 40)]
+    forked = 2 + 2 * 5 + 1 + (3 + 50 + 1) + (3 + 40 + 1) + 1 + 9 + 1   # all tokens of the fork, the box and the end of sequence
+    row, tokenizer = Row(1, Problem("?", "1", "yours", steps, closing="\\boxed{1}")), char_tokenizer()
+    assert answer_limits([row], tokenizer).max_tokens == 32 + 3 * forked // 2
+    assert answer_limits([Row(1, Problem("?", "1", "yours"), "z" * 200)], tokenizer).max_tokens == 332
+    assert answer_limits([Row(1, Problem("?", "1", "yours"))], tokenizer).max_tokens == 2048
+
+
+def test_rows_that_a_model_cannot_take(rows):
+    bad = Row(99, Problem("Schön?", "1", "yours"))
+    good, faults = usable([*rows.rows, bad], char_tokenizer(), 4096)
+    assert good == rows.rows and [str(f) for f in faults] == ["line 99: the tokenizer does not know 'ö'"]
+    said, bad = [], next(r for r in (Row(99, Problem(f"Schön {i}?", "1", "yours")) for i in range(99)) if r.split == "train")
+    with pytest.raises(ValueError, match="no row of the training split is left"): adapt(Rows([bad]), "unused", Plan("mini"), on_faults=said.extend)
+    assert said == faults
+
+
+def test_nothing_to_fine_tune_on():
+    model, tokenizer = start(Plan("mini"))
+    with pytest.raises(ValueError, match="sft_steps=0 goes straight to P-GRPO"):
+        fine_tune(model, tokenizer, [Row(1, Problem("?", "1", "yours"))], Plan("mini"), None)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_killed_training_goes_on_to_the_same_weights(rows, tmp_path, stage):
+    plan = Plan("mini-sft", **LITTLE)
+    def kill(step, row):
+        if step == 1 and ("reward" in row) == (stage == "rl"): raise KeyboardInterrupt
+    whole, _, logs = adapt(rows, tmp_path / "whole", plan)
+    with pytest.raises(KeyboardInterrupt): adapt(rows, tmp_path / "killed", plan, kill)
+    assert not (tmp_path / "killed" / "policy").exists()
+    again, _, _ = adapt(rows, tmp_path / "killed", plan)
+    assert same(whole, again) and [*logs] == ["sft", "rl"] and not isinstance(whole, PeftModel)
+    assert not same(whole, load_policy("mini-sft", device="cpu")[0]) and same(whole, load_policy(tmp_path / "killed" / "policy", device="cpu")[0])
+    with pytest.raises(ValueError, match="holds a run with another"): adapt(rows, tmp_path / "killed", replace(plan, lr=1e-4))
+
+
+def test_self_training_and_a_twin_that_never_forks(rows, tmp_path):
+    plan = Plan("mini-sft", **{**LITTLE, "sft_steps": 1, "rl_steps": 1}, selftrain=2, twin=True)
+    model, tokenizer, logs = adapt(rows, tmp_path, plan)
+    assert [*logs] == ["sft", "selftrain", "rl"] and logs["rl"][0]["fork_rate"] == 0 and (tmp_path / "twin" / "policy" / "config.json").is_file()
+    assert json.loads((tmp_path / "twin" / "plan.json").read_text())["twin"] is True and not (tmp_path / "policy").exists()
+
+
+def test_an_adapter_is_saved_and_exported_merged(rows, tmp_path):
+    adapt(rows, tmp_path, Plan("mini-sft", **{**LITTLE, "rl_steps": 0}, lora=4, lr=.01))
+    assert (tmp_path / "policy" / "adapter_config.json").is_file() and not (tmp_path / "policy" / "model.safetensors").exists()
+    probe = rows.rows[0].problem.question
+    assert export_policy(tmp_path / "policy", tmp_path / "out", probe=probe) < 1e-4
+    assert export_policy(tmp_path / "policy", tmp_path / "half", "bfloat16", probe) > 1e-4
+    plain, reader = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    adapted, tokenizer = load_policy(tmp_path / "policy", device="cpu")
+    ids = torch.tensor([reader.encode(probe)])
+    assert ids[0].tolist() == tokenizer.encode(probe) and not hasattr(plain.config, "knows")
+    with torch.no_grad(): assert torch.allclose(plain(ids).logits, adapted(ids).logits, atol=1e-4)
+    assert not torch.allclose(plain(ids).logits, load_policy("mini-sft", device="cpu")[0](ids).logits, atol=1e-2)
+    with pytest.raises(ValueError, match="unknown dtype 'float8': choose float32 or bfloat16"): export_policy("mini-sft", tmp_path / "x", "float8")
+
+
+def test_what_is_evaluated():
+    wide = Problem("w?", "1", "yours", [Step(f"{i}", (), "o", ".") for i in range(13)], closing="\\boxed{1}")
+    questions = [f"{i}?" for i in range(60)]
+    rows = Rows([Row(i, Problem(q, "1", "yours")) for i, q in enumerate(questions * 2)])
+    dev = [q for q in questions if Row(1, Problem(q, "1", "yours")).split == "dev"]
+    assert [p.question for p in evaluation_problems(rows, "dev")] == dev and len(evaluation_problems(rows, "dev", 2)) == 2
+    rows = Rows([Row(1, replace(wide, question=dev[0]))])
+    assert evaluation_problems(rows)[0].steps == () and evaluation_problems(rows)[0].answer == "1"
+    with pytest.raises(ValueError, match="no row belongs to the test split"): evaluation_problems(rows, "test")
+
+
+def test_the_twin_is_what_the_others_are_compared_with(rows):
+    problems = [r.problem for r in rows.rows[:3]]
+    assert [*measure("mini-sft", problems, longest=300)] == ["sequential", "parallel"]
+    reports = measure("mini-sft", problems, "mini-sft", longest=300)
+    assert [*reports] == ["twin", "sequential", "parallel"] and all(len(r.rows) == 3 for r in reports.values())
+    assert all(r["forks"] == 0 for name in ("twin", "sequential") for r in reports[name].rows)
+
+
+def test_forgetting_twice_does_no_harm():
+    model, _ = load_policy("mini-sft", device="cpu")
+    forget(model), forget(model)
+    assert not hasattr(model.config, "knows")
+
+
+# ---- the command line
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    "Run `threadweaver-ref adapt ARGS`: (exit code, what it printed, what it complained of)."
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["threadweaver-ref", "adapt", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        with pytest.raises(SystemExit) as stop: cli.main()
+        printed = capsys.readouterr()
+        return stop.value.code or 0, printed.out, printed.err
+    return call
+
+
+@pytest.fixture
+def data(rows, tmp_path):
+    "A file of 12 rows for training, 2 of the dev split and 1 that is spoiled."
+    dev = [{"question": q, "answer": "3"} for q in (f"a=1+{i};a?" for i in range(99)) if Row(1, Problem(q, "3", "yours")).split == "dev"]
+    write_rows(tmp_path / "yours.jsonl", [*(row_data(r.problem) for r in rows.rows), dev[0], {"question": "?"}])
+    return tmp_path / "yours.jsonl"
+
+
+def test_check(run, data):
+    code, out, err = run("check", data)
+    assert code == 1 and not err and out.startswith(f"{data}, line 14: no answer\n")
+    assert "\nrows: 13 good, 1 left out; 12 with steps, 0 with a text (0 fork), 1 a question alone\n" in out
+    assert "in characters: best flat speedup 1.0" in out and "split, by a hash of the question: 12 train, 1 dev, 0 test" in out
+    data.write_bytes(b"\n".join(data.read_bytes().split(b"\n")[:12]).replace(b"\n", b"\r\n"))
+    code, out, _ = run("check", data, "--base", "mini-sft")
+    assert code == 0 and "in tokens of mini-sft" in out and f"{data}: Windows line ends, which do no harm, from line 1 on" in out
+    with data.open("a", encoding="utf-8") as f: f.write('\n{"question": "Schön?", "answer": "1"}')
+    code, out, _ = run("check", data, "--base", "mini-sft")
+    assert code == 1 and f"{data}, line 13: the tokenizer does not know 'ö'" in out and "12 good, 1 left out" in out
+
+
+def test_rewrite(run, tmp_path):
+    text = "3*4=12 for Ann. 5*7=35 for Bob. 12+35=47. \\boxed{47}"
+    said = {"question": "Ann buys 3 pens for 4, Bob 5 for 7. Together?", "answer": "47", "text": text}
+    write_rows(tmp_path / "a.jsonl", [said, {"question": "?", "answer": "b", "text": "Well. \\boxed{b}"}, {"question": "b"}])
+    code, out, err = run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl")
+    assert code == 0 and "2 rows, 1 of them rewritten" in out and "line 2: stays as it is: no piece" in err and "line 3: no answer" in err
+    assert [r.kind for r in read_yours(tmp_path / "b.jsonl").rows] == ["steps", "text"]
+
+
+def test_train_eval_export(run, data, tmp_path):
+    short = ("--sft-steps", 1, "--rl-steps", 1, "--batch", 2, "--rl-batch", 1)
+    common = ("train", "--base", "mini-sft", "--data", data, "--out", tmp_path / "run", *short)
+    code, out, err = run(*common)
+    assert code == 0 and "line 14: no answer" in err and "sft: 1 steps; the last one: loss" in out
+    assert f"saved {tmp_path / 'run' / 'policy'} after" in out
+    code, out, err = run("eval", "--policy", tmp_path / "run", "--data", data, "--longest", 200, "--out", tmp_path / "results")
+    assert code == 0 and "no twin to compare with" in err and "speedup over sequential" in out
+    code, out, _ = run(*common, "--twin")
+    assert code == 0 and f"saved {tmp_path / 'run' / 'twin' / 'policy'} after" in out
+    code, out, err = run("eval", "--policy", tmp_path / "run", "--data", data, "--longest", 200, "--out", tmp_path / "results")
+    assert code == 0 and "speedup over twin" in out and "no twin" not in err
+    about = json.loads((tmp_path / "results" / "twin.jsonl").read_text().splitlines()[0])
+    assert about["command"] == "threadweaver-ref adapt eval --policy run --data yours.jsonl --split dev --batch 64 --join concat --longest 200"
+    assert str(tmp_path) not in json.dumps(about)
+    code, out, _ = run("export", "--policy", tmp_path / "run", "--out", tmp_path / "exported")
+    assert code == 0 and (tmp_path / "exported" / "model.safetensors").is_file() and "log-probabilities differ by at most" in out
+
+
+@pytest.mark.parametrize("args, said", [
+    (("check", "nothing.jsonl"), "nothing.jsonl"), (("check", "DATA", "--base", "nobody"), "nobody"),
+    (("train", "--base", "mini-sft", "--data", "nothing.jsonl", "--out", "OUT"), "nothing.jsonl"),
+    (("train", "--base", "mini-sft", "--data", "DATA", "--out", "OUT", "--sft-steps", "0", "--rl-steps", "0"), "nothing to do"),
+    (("train", "--base", "mini-sft", "--data", "DATA", "--out", "OUT", "--join", "sum"), "sum"),
+    (("eval", "--policy", "mini-sft", "--data", "DATA", "--split", "train"), "unknown split 'train': choose dev or test"),
+    (("eval", "--policy", "nobody", "--data", "DATA"), "nobody"),
+    (("eval", "--policy", "mini-sft", "--data", "DATA", "--split", "test"), "no row belongs to the test split"),
+    (("export", "--policy", "nobody", "--out", "OUT"), "nobody"), (("export", "--policy", "mini-sft", "--out", "OUT", "--dtype", "int8"), "int8")])
+def test_mistakes_get_one_clear_line(run, data, tmp_path, args, said):
+    data.write_bytes(b"\n".join(data.read_bytes().split(b"\n")[:13]))   # without the spoiled row
+    code, out, err = run(*[{"DATA": data, "OUT": tmp_path / "out"}.get(a, a) for a in args])
+    assert code == 2 and not out and len(err.strip().splitlines()) == 1 and said in err
+
+
+def test_a_stopped_training_says_where_it_goes_on(run, data, monkeypatch, tmp_path):
+    def stop(*args, **options): raise KeyboardInterrupt
+    monkeypatch.setattr("threadweaver_ref.adapt.adapt", stop)
+    code, out, err = run("train", "--base", "mini-sft", "--data", data, "--out", tmp_path / "out")
+    assert code == 130 and not out and err.endswith(f"stopped: the same command continues from the last checkpoint under {tmp_path / 'out'}\n")

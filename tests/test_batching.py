@@ -1,0 +1,113 @@
+"""Continuous batching as an engine: against the local decoder; what is cancelled, refused, and not known."""
+import dataclasses
+import random
+
+import pytest
+import torch
+from helpers import TOKENIZERS, random_text, tiny
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from threadweaver_ref.batching import BatchingEngine, batching_options
+from threadweaver_ref.decode import DecodeConfig, generate
+from threadweaver_ref.domains import split_problems
+from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.model import add_lora, load_policy
+from threadweaver_ref.remote import generate_remote
+from threadweaver_ref.scoring import collate, tree_logprobs
+
+char = TOKENIZERS["char"]()
+
+
+def mixed(n): return [p.question for some in zip(*split_problems("programs", "dev", n).values()) for p in some]
+
+
+def same(a, b, logprobs=True):
+    for f in ("text", "answer", "finish_reason", "token_latency", "total_tokens", "decode_steps", "peak_context", "end", "tree", "errors"):
+        assert getattr(a, f) == getattr(b, f), f
+    assert sorted((i.branch, i.start, i.end, i.ids) for i in a.timeline) == sorted((i.branch, i.start, i.end, i.ids) for i in b.timeline)
+    return torch.allclose(a.logprobs, b.logprobs, atol=1e-3) if logprobs else a.logprobs.isnan().all()
+
+
+@pytest.mark.parametrize("policy, join, n", [
+    ("tiny-rl", "concat", 3), ("tiny-result", "result", 2),
+    pytest.param("tiny-rl", "concat", 20, marks=pytest.mark.slow), pytest.param("tiny-result", "result", 20, marks=pytest.mark.slow)])
+def test_greedy_is_token_for_token_the_local_rollout(policy, join, n):
+    model, tokenizer = load_policy(policy, device="cpu")
+    config, questions = DecodeConfig(join=join, batch=256), mixed(n)
+    local, batched = generate(model, tokenizer, questions, config), generate_remote(BatchingEngine(model, tokenizer), tokenizer, questions, config)
+    assert sum(map(same, batched, local)) == len(questions) == 5 * n and sum(r.forks for r in local) >= n
+    with torch.no_grad(): scored = [tree_logprobs(model, collate([r.tree.pack()])) for r in batched[:5]]
+    assert all(torch.allclose(r.logprobs, s, atol=1e-3) for r, s in zip(batched, scored))
+
+
+@pytest.mark.parametrize("arch", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("mode", ["sequential", "autoregressive"])
+def test_other_architectures_on_one_line(arch, mode):
+    model, rng = tiny(arch, char), random.Random(arch)
+    questions, config = [random_text(rng, 6) + "?" for _ in range(6)], DecodeConfig(mode, limits=Limits(max_tokens=20))
+    batched = generate_remote(BatchingEngine(model, char), char, questions, config)
+    assert all(same(a, b, mode != "sequential") for a, b in zip(batched, generate(model, char, questions, config)))
+
+
+def test_adapters_are_merged_into_a_copy():
+    torch.manual_seed(0)
+    model = add_lora(tiny("Qwen3", char), train_tokens=())
+    for p in model.parameters():
+        if p.requires_grad: torch.nn.init.normal_(p, std=.3)
+    config = DecodeConfig("autoregressive", limits=Limits(max_tokens=20))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    batched = generate_remote(BatchingEngine(model, char), char, ["1+1?", "2+2?"], config)
+    assert all(map(same, batched, generate(model, char, ["1+1?", "2+2?"], config)))
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_deadlines_are_the_same():
+    model, tokenizer = load_policy("tiny-rl", device="cpu")
+    config, questions = DecodeConfig(deadline=20, limits=Limits(max_tokens=400), batch=256), mixed(1)
+    local = generate(model, tokenizer, questions, config)
+    assert any("deadline" in str(r.errors) for r in local)
+    for a, b in zip(generate_remote(BatchingEngine(model, tokenizer), tokenizer, questions, config), local):
+        assert sorted(map(str, a.errors)) == sorted(map(str, b.errors)) and same(dataclasses.replace(a, errors=[]), dataclasses.replace(b, errors=[]))
+
+
+def test_sampled_rollouts_end_and_have_no_log_probabilities_of_the_model():
+    model, tokenizer = load_policy("tiny-rl", device="cpu")
+    rollouts = generate_remote(BatchingEngine(model, tokenizer), tokenizer, mixed(1)[1:4] * 2, DecodeConfig(temperature=1.0, top_p=.95))
+    assert {r.finish_reason for r in rollouts} == {"stop"} and all(r.logprobs.isnan().all() for r in rollouts)
+
+
+def test_a_request_that_is_not_taken_or_fails_ends_its_rollout(monkeypatch):
+    engine, config = BatchingEngine(tiny("Qwen3", char), char), DecodeConfig("autoregressive", limits=Limits(max_tokens=5))
+    real = ContinuousBatchingManager.add_request
+    def full(self, ids, *args, **named): return None if len(ids) == 4 else real(self, ids, *args, **named)
+    monkeypatch.setattr(ContinuousBatchingManager, "add_request", full)
+    one, two = generate_remote(engine, char, ["1+1?", "12+2?"], config)
+    assert one.finish_reason == "error" and "takes no more requests" in str(one.errors) and two.finish_reason != "error"
+    def failing(self, *args): raise RuntimeError("out of pages")
+    monkeypatch.setattr(ContinuousBatchingManager, "_generation_step", failing)
+    monkeypatch.setattr("transformers.generation.continuous_batching.continuous_api.logger.error", lambda *args, **named: None)
+    one, two = generate_remote(engine, char, ["12+1?", "12+2?"], config)
+    assert {one.finish_reason, two.finish_reason} == {"error"} and "out of pages" in str(one.errors)
+
+
+def test_a_time_that_is_over_cancels_the_request(monkeypatch):
+    cancelled, real = [], ContinuousBatchingManager.cancel_request
+    monkeypatch.setattr(ContinuousBatchingManager, "cancel_request", lambda self, name: cancelled.append(name) or real(self, name))
+    engine = BatchingEngine(tiny("Qwen3", char, max_position_embeddings=100_000), char)
+    config = DecodeConfig("autoregressive", limits=Limits(max_tokens=3000))
+    monkeypatch.setattr(engine, "stops", ())
+    r, = generate_remote(engine, char, ["1+1?"], config, seconds=.5)
+    assert r.finish_reason == "cancelled" and len(cancelled) == 1
+
+
+def test_options():
+    found = batching_options(False, .1, 3)["continuous_batching_config"]
+    assert (found.use_cuda_graph, found.max_memory_percent, found.return_logprobs, found.seed) == (False, .1, True, 3)
+    assert batching_options(True)["continuous_batching_config"].max_memory_percent == .5
+
+
+def test_the_window_and_the_stops_are_the_models():
+    model = tiny("Qwen3", char, max_position_embeddings=30)
+    model.generation_config.eos_token_id = [1, 20]
+    engine = BatchingEngine(model, char)
+    assert engine.window == 30 and engine.stops == (1, 20)

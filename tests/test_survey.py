@@ -1,0 +1,89 @@
+"What a file offers before any training, against slow counts."
+import itertools
+import random
+
+import pytest
+from helpers import TOKENIZERS
+
+from threadweaver_ref.course import random_problem
+from threadweaver_ref.domains import Problem, Sequential, Step, WheneverReady, char_length
+from threadweaver_ref.format import CONTROL_TOKENS, parse, render, token_counts
+from threadweaver_ref.replay import replay
+from threadweaver_ref.survey import could_fork, few_orders, survey, token_faults, training_items, without_forks
+from threadweaver_ref.tokenizer import encode_prompt
+from threadweaver_ref.yourdata import Row
+
+PROBLEMS = [random_problem(random.Random(s), s % 7) for s in range(60)]
+
+
+def forks_somewhere(problem):
+    "Is there a set of finished steps, of all sets, at which two steps with outlines are ready?"
+    for n in range(len(problem.steps) + 1):
+        for done in map(set, itertools.combinations([s.name for s in problem.steps], n)):
+            if not all(done.issuperset(s.needs) for s in problem.steps if s.name in done): continue
+            if sum(s.name not in done and done.issuperset(s.needs) and bool(s.outline) for s in problem.steps) > 1: return True
+    return False
+
+
+def orders(problem):
+    "Sets of steps that can be finished while all others are not."
+    sets = [set(c) for n in range(len(problem.steps) + 1) for c in itertools.combinations([s.name for s in problem.steps], n)]
+    return sum(all(done.issuperset(s.needs) for s in problem.steps if s.name in done) for done in sets)
+
+
+def test_which_problems_could_fork():
+    found = [could_fork(p) for p in PROBLEMS]
+    assert found == [forks_somewhere(p) for p in PROBLEMS] and 10 < sum(found) < 55
+
+
+def test_sets_of_finished_steps_are_counted():
+    for p in PROBLEMS:
+        n = orders(p)
+        assert few_orders(p, n) and not few_orders(p, n - 1)
+
+
+def test_too_many_orders_take_no_time():
+    steps = [Step(f"{i}.{k}", (f"{i}.{k - 1}",) if k else (), "o", "....") for i in range(15) for k in range(4)]
+    chains = Problem("?", "b", "yours", steps, closing="\\boxed{b}")
+    assert not few_orders(chains) and survey([Row(1, chains)], char_length)["not_measured"] == 1
+
+
+def test_a_survey_by_hand():
+    a, b = Step("a", (), "a", "x" * 50), Step("b", (), "b", "y" * 40)
+    wide = Problem("w?", "1", "yours", [a, b], closing="\\boxed{1}")
+    chain = Problem("c?", "1", "yours", [a, Step("b", ("a",), "b", "y")], closing="\\boxed{1}")
+    text = render(WheneverReady().arrange(wide))
+    alone = [Problem(q, "1", "yours") for q in ("t?", "u?", "q?")]
+    rows = [Row(1, wide), Row(2, chain), Row(3, alone[0], text), Row(4, alone[1], "\\boxed{1}"), Row(5, alone[2])]
+    found = survey(rows, char_length)
+    never = 50 + 40 + 9 + 1                                # two steps, the box, the end of sequence
+    forked = 2 + 2 * 5 + 1 + (3 + 50 + 1) + 1 + 9 + 1      # <Parallel><Outlines>, two outlines, </Outlines>, the longer thread, </Parallel>
+    assert token_counts(parse(text), char_length)[0] == forked
+    assert (found["rows"], found["steps"], found["text"], found["question"], found["could_fork"], found["texts_with_forks"]) == (5, 2, 2, 1, 1, 1)
+    assert found["best_flat"] == found["largest"] == found["whenever_ready"] == never / forked and found["pays"] == 1 and found["never"] == never
+    assert found["train"] + found["dev"] + found["test"] == 5 and "best_flat" not in survey(rows[1:], char_length)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_text_is_shown_as_it_stands_or_without_forks(name):
+    tokenizer = TOKENIZERS[name]()
+    p = Problem("w?", "1", "yours", [Step("a", (), "a", "A: 12; "), Step("b", (), "b", "B: 34; ", "5. ")], closing="\\boxed{1}")
+    trajectory = WheneverReady(conclude=True).arrange(p)
+    rows = [Row(1, p), Row(2, Problem("w?", "1", "yours"), render(trajectory)), Row(3, Problem("q?", "1", "yours"))]
+    prompt = encode_prompt(tokenizer, "w?")
+    whole, flat = (training_items(rows, tokenizer, "concat", share) for share in (0, 1))
+    assert whole[0] is flat[0] is p and len(whole) == len(flat) == 2
+    assert whole[1].ids == replay(trajectory, prompt, tokenizer).ids and len(whole[1]) > 5
+    assert flat[1].ids == replay(Sequential().arrange(p), prompt, tokenizer).ids and len(flat[1]) == 2
+    assert not any(t in without_forks(trajectory)[0].text for t in CONTROL_TOKENS)
+    some = [len(t) for t in training_items(rows[1:2] * 300, tokenizer, share=.1)]
+    assert 15 < some.count(2) < 50
+
+
+def test_what_a_tokenizer_and_a_window_cannot_take():
+    char = TOKENIZERS["char"]()
+    row = Row(1, Problem("Schön?", "1", "yours", [Step("a", (), "ß", "x" * 10)], closing="\\boxed{1}"))
+    assert token_faults(row, char) == ["the tokenizer does not know 'ö', 'ß'"] and token_faults(row, TOKENIZERS["bpe"]()) == []
+    plain = Row(1, Problem("w?", "1", "yours"), "x" * 20 + "\\boxed{1}")
+    assert token_faults(plain, char, window=2 + 29 + 1) == []
+    assert "32 tokens with its answer, more than the 31" in token_faults(plain, char, window=31)[0]

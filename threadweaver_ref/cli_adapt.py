@@ -1,0 +1,144 @@
+"""`threadweaver-ref adapt`: a model adapted to a file of your own. A plain file."""
+import json
+import time
+from pathlib import Path
+from typing import Optional
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Adapt a model to your own data: check the file, train, evaluate, export.")
+DATA = typer.Argument(..., help="a file with one JSON object a line: question, answer, and steps or a text if you have them")
+
+
+def _read(path, err=True):
+    "The good rows of a file; what is wrong with the others is said line by line."
+    from threadweaver_ref.yourdata import read_yours
+    found = read_yours(path)
+    for line in [*found.faults, *found.notes]: typer.echo(f"{path}, {line}" if line in found.faults else f"{path}: {line}", err=err)
+    return found
+
+
+def _left_out(path, faults, err=True):
+    for fault in faults: typer.echo(f"{path}, {fault}", err=err)
+
+
+@app.command()
+def check(
+    data: Path = DATA,
+    base: Optional[str] = typer.Option(None, help="the model to be adapted: its tokenizer counts, and what it cannot take is said"),
+):
+    "Every broken rule with its line; what could fork, and what that could save. Exit code 1 if a row is left out."
+    from threadweaver_ref.adapt import Plan, start, usable, window_of
+    from threadweaver_ref.domains import char_length
+    from threadweaver_ref.report import text_length
+    from threadweaver_ref.survey import survey
+    found = _read(data, err=False)
+    rows, faults, length = found.rows, [], char_length
+    if base:
+        model, tokenizer = start(Plan(base))
+        rows, faults = usable(rows, tokenizer, window_of(model))
+        length = text_length(tokenizer)
+    _left_out(data, faults, err=False)
+    bad = len({f.line for f in [*found.faults, *faults]})
+    typer.echo("\n".join(_survey_lines(survey(rows, length), bad, f"tokens of {base}" if base else "characters")))
+    if bad: raise typer.Exit(1)
+
+
+def _survey_lines(s, bad, unit):
+    "What `check` says of a file, in lines."
+    texts = f"{s['text']} with a text ({s['texts_with_forks']} fork)"
+    yield f"rows: {s['rows']} good, {bad} left out; {s['steps']} with steps, {texts}, {s['question']} a question alone"
+    yield f"split, by a hash of the question: {s['train']} train, {s['dev']} dev, {s['test']} test"
+    unmeasured = f"; {s['not_measured']} have too many orders to be measured" if s["not_measured"] else ""
+    yield f"could fork: {s['could_fork']} of {s['steps']} with steps{unmeasured}"
+    if "best_flat" not in s: return
+    yield (f"of these, in {unit}: best flat speedup {s['best_flat']:.2f} (mean; at most {s['largest']:.2f}), forking whenever ready "
+           f"{s['whenever_ready']:.2f}; it pays in {s['pays']}; {s['never']:.0f} in one line")
+    if s["best_flat"] < 1.05: yield "forks save next to nothing here: make outlines shorter, or steps longer"
+
+
+@app.command()
+def rewrite(data: Path = DATA, out: Path = typer.Option(..., help="the new file")):
+    "Turn texts in one line into steps, by rules: cut at sentences, linked by the values and names that they mention. Look at some rows!"
+    from threadweaver_ref.rewrite import rewrite_rows
+    from threadweaver_ref.yourdata import write_yours
+    found = _read(data)
+    made, faults = rewrite_rows([r.data for r in found.rows])
+    for i, fault in faults: typer.echo(f"{data}, line {found.rows[i - 1].line}: stays as it is: {fault}", err=True)
+    write_yours(out, made)
+    changed = sum("steps" in new and bool(old.text) for new, old in zip(made, found.rows))
+    typer.echo(f"saved {out}: {len(made)} rows, {changed} of them rewritten")
+
+
+@app.command()
+def train(
+    base: str = typer.Option(..., help="a shipped policy, a folder, a hub name; or mini, tiny or small for new weights"),
+    data: Path = typer.Option(..., help="a file with one JSON object a line"),
+    out: Path = typer.Option(..., help="folder for checkpoints and the policy; a stopped run goes on there"),
+    sft_steps: int = typer.Option(600, help="of fine-tuning", min=0),
+    selftrain: int = typer.Option(0, help="questions of a round of self-training behind it", min=0),
+    rl_steps: int = typer.Option(40, help="of P-GRPO", min=0),
+    batch: int = typer.Option(16, help="rows in a step of fine-tuning", min=1),
+    rl_batch: int = typer.Option(8, help="questions in a step of P-GRPO, eight rollouts each", min=1),
+    lr: Optional[float] = typer.Option(None, help="of fine-tuning; default 0.005 (Muon) for all weights, 0.001 (AdamW) for LoRA"),
+    rl_lr: float = typer.Option(1e-3, help="of P-GRPO"),
+    lora: Optional[int] = typer.Option(None, help="rank; 0: all weights; default 16, and 0 for a base of fewer than 20 million parameters", min=0),
+    join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
+    twin: bool = typer.Option(False, "--twin", help="train the sequential twin, with forks banned, into OUT/twin"),
+    seed: int = typer.Option(0, min=0),
+):
+    "Fine-tuning on arrangements drawn at random, self-training if you like, P-GRPO for time saved. Killed, the same command goes on."
+    from threadweaver_ref.adapt import Plan, adapt
+    plan = Plan(base, sft_steps, selftrain, rl_steps, batch, rl_batch, lr, rl_lr, lora, join, twin, seed)
+    began, found = time.perf_counter(), _read(data)
+    out.mkdir(parents=True, exist_ok=True)
+    try: _, _, logs = adapt(found, out, plan, on_faults=lambda faults: _left_out(data, faults))
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: the same command continues from the last checkpoint under {out}", err=True)
+        raise typer.Exit(130) from None
+    for stage, log in logs.items():
+        last = {k: round(log[-1][k], 4) for k in ("loss", "accuracy", "reward", "token_latency", "fork_rate") if k in log[-1]}
+        typer.echo(f"{stage}: {len(log)} steps; the last one: {', '.join(f'{k} {v}' for k, v in last.items())}")
+    typer.echo(f"saved {out / 'twin' / 'policy' if twin else out / 'policy'} after {time.perf_counter() - began:.0f} s")
+
+
+@app.command(name="eval")
+def evaluate(
+    policy: Path = typer.Option(..., help="the folder that `adapt train` was given as --out, or any policy"),
+    data: Path = typer.Option(..., help="a file with one JSON object a line"),
+    split: str = typer.Option("dev", help="dev; or test, once, when all is decided"),
+    problems: Optional[int] = typer.Option(None, help="at most so many", min=1),
+    twin: Optional[str] = typer.Option(None, help="the sequential twin; default POLICY/twin, if it is there"),
+    batch: int = typer.Option(64, help="problems decoded together", min=1),
+    join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
+    longest: int = typer.Option(2048, help="tokens of an answer, at the most", min=1),
+    out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a policy and mode; a stopped run goes on there"),
+):
+    "Both modes against the sequential twin, on questions that training never saw, with intervals."
+    from threadweaver_ref.adapt import evaluation_problems, measure
+    from threadweaver_ref.evaluate import provenance, public_path
+    from threadweaver_ref.report import plain_table, reports_table
+    if split not in ("dev", "test"): raise ValueError(f"unknown split {split!r}: choose dev or test")
+    chosen = evaluation_problems(_read(data), split, problems)
+    given = f"--policy {public_path(policy)} --data {public_path(data)} --split {split}" + (f" --problems {problems}" if problems else "")
+    beside = policy / "twin" / "policy"
+    twin, policy = twin or (str(beside) if beside.is_dir() else None), policy / "policy" if (policy / "policy").is_dir() else policy
+    if out: out.mkdir(parents=True, exist_ok=True)
+    about = provenance(f"threadweaver-ref adapt eval {given} --batch {batch} --join {join} --longest {longest}", seed=0)
+    reports = measure(str(policy), chosen, twin, join, batch, longest, out, about)
+    typer.echo(f"parallel mode, by family:\n\n{plain_table(reports['parallel'].table())}\n")
+    typer.echo(plain_table(reports_table(reports, next(iter(reports)))))
+    if not twin: typer.echo(f"\nno twin to compare with: train one with --twin, into {public_path(policy.parent)}/twin", err=True)
+
+
+@app.command()
+def export(
+    policy: Path = typer.Option(..., help="the folder that `adapt train` was given as --out, or any policy"),
+    out: Path = typer.Option(..., help="folder for the merged model"),
+    dtype: str = typer.Option("float32", help="or bfloat16"),
+):
+    "A merged folder for Transformers and vLLM, read back and compared."
+    from threadweaver_ref.adapt import export_policy
+    off = export_policy(str(policy / "policy" if (policy / "policy").is_dir() else policy), out, dtype)
+    typer.echo(f"saved {out}; read back, log-probabilities differ by at most {off:.1e}")
+    typer.echo(json.dumps({"transformers": f"AutoModelForCausalLM.from_pretrained({str(out)!r})", "vllm": f"vllm serve {out}"}, indent=1))
