@@ -30,7 +30,7 @@ def test_places_are_taken_again_and_a_user_waits_less_than_all(monkeypatch):
 
 def test_ways_and_portions():
     assert [WAYS[w](3).mode for w in WAYS] == ["sequential", "parallel", "parallel"] and [WAYS[w](3).batch for w in WAYS] == [3] * 3
-    assert WAYS["parallel"](3).max_lanes is None and [WAYS["regulated"](n).max_lanes for n in (1, LANES, 64)] == [LANES, LANES, 64]
+    assert WAYS["parallel"](3).max_lanes is None and [WAYS["regulated"](n).max_lanes for n in (1, LANES, 64)] == [LANES, 2 * LANES, 128]
     many = list(range(100))
     assert portion(many, 1, 0) == many[:20] and portion(many, 1, 1) == many[20:40] and portion(many, 8, 3) == [*many[96:], *many[:28]]
     assert portion(many, 64, 1) == many

@@ -36,9 +36,9 @@ def closed_loop(
     return [{**problem_row(r, p, {}, each, control), "latency": round(r.seconds, 5)} for p, r in zip(problems, rollouts, strict=True)]
 
 # %% ../nbs/20d_load.ipynb #03330aa6
-LANES = 24   # of the regulated way
+LANES = 24   # of the regulated way, or two for each problem where that is more
 WAYS = {"sequential": lambda n: DecodeConfig("sequential", batch=n), "parallel": lambda n: DecodeConfig(batch=n),
-        "regulated": lambda n: DecodeConfig(batch=n, max_lanes=max(n, LANES))}   # name -> f(problems in the works) -> `DecodeConfig`
+        "regulated": lambda n: DecodeConfig(batch=n, max_lanes=max(2 * n, LANES))}   # name -> f(problems in the works) -> `DecodeConfig`
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 def portion(problems, size, turn) -> list:
