@@ -57,13 +57,13 @@ def modes(problems, config) -> list:
     share = round(config.sequential * len(problems))
     return ["sequential"] * share + [config.mode] * (len(problems) - share)
 
-def generate_shared(model, tokenizer, questions, decoding, seeds, process=0, processes=1) -> list:
+def generate_shared(model, tokenizer, questions, decoding, seeds, process=0, processes=1, write=generate) -> list:
     "`generate`, where every process decodes its share and gets all rollouts."
     mine = slice(process, None, processes)
-    found = generate(model, tokenizer, questions[mine], decoding, seeds[mine])
+    found = write(model, tokenizer, questions[mine], decoding, seeds[mine])
     return [r for _, r in sorted(gather_object(list(zip(range(len(questions))[mine], found))), key=lambda x: x[0])]
 
-def roll_out(model, tokenizer, problems, config, step=0, process=0, processes=1) -> list:
+def roll_out(model, tokenizer, problems, config, step=0, process=0, processes=1, write=generate) -> list:
     "The rollouts of one step, `group` of each problem, one problem after another: `[Rollout, ...]` of P * G."
     lines = [(mode, p.question) for mode, p in zip(modes(problems, config), problems) for _ in range(config.group)]
     found = []
@@ -71,7 +71,7 @@ def roll_out(model, tokenizer, problems, config, step=0, process=0, processes=1)
         own = [i for i, (of, _) in enumerate(lines) if of == mode]
         decoding = DecodeConfig(mode, config.join, config.temperature, limits=config.limits, chat=config.chat)
         seeds = [(config.seed, step, i) for i in own]
-        found += generate_shared(model, tokenizer, [lines[i][1] for i in own], decoding, seeds, process, processes)
+        found += generate_shared(model, tokenizer, [lines[i][1] for i in own], decoding, seeds, process, processes, write)
     return found
 
 # %% ../nbs/17_pgrpo.ipynb #4e9e8379
@@ -124,18 +124,19 @@ def _agree(rewards):
     if not all(math.isfinite(r) for group in rewards for r in group): raise ValueError(f"a reward is not a finite number: {rewards}")
     return torch.tensor(rewards, dtype=torch.float64)   # (P, G)
 
-def _one_step(step, setup, tokenizer, problems, config, reward):
+def _one_step(step, setup, tokenizer, problems, config, reward, write):
     "Problems, rollouts, rewards, advantages, update (TW algorithm 1): a row of the log."
     began, accelerator, G = time.perf_counter(), setup.accelerator, config.group
     chosen = step_problems(problems, step, config, random.Random(f"{config.seed} prompts {step}"))
     plain = accelerator.unwrap_model(setup.model, keep_fp32_wrapper=False)
-    rollouts = roll_out(plain, tokenizer, chosen, config, step, accelerator.process_index, accelerator.num_processes)
+    rollouts = roll_out(plain, tokenizer, chosen, config, step, accelerator.process_index, accelerator.num_processes, write)
+    measured = write.measured(plain, rollouts) if hasattr(write, "measured") else {}
     paid = reward.at(step) if hasattr(reward, "at") else reward
     rewards = _agree([[paid(r, p) for r in rollouts[i * G:(i + 1) * G]] for i, p in enumerate(chosen)])
     advantages, decoded = group_advantages(rewards, config.normalize), time.perf_counter()
     learned = learn(setup, rollouts, advantages, config, [banned_ids(tokenizer, config.join, mode) for mode in modes(chosen, config)])
     row = summary(rollouts, [p for p in chosen for _ in range(G)], rewards, advantages)
-    return {**learned, **row, "rollout_seconds": decoded - began, "update_seconds": time.perf_counter() - decoded}
+    return {**learned, **row, **measured, "rollout_seconds": decoded - began, "update_seconds": time.perf_counter() - decoded}
 
 # %% ../nbs/17_pgrpo.ipynb #f7a27a9f
 def train_pgrpo(
@@ -145,13 +146,14 @@ def train_pgrpo(
     config=PGRPOConfig(),
     reward=reward,      # `f(rollout, problem) -> float`; with a method `at(step)`, that gives the function of a step
     on_step=None,       # called with (step, row of the log)
+    write=generate,     # `f(model, tokenizer, questions, config, seeds) -> rollouts`; its method `measured(model, rollouts)`, if any, adds to the log
 ) -> list:
     """Train in place with P-GRPO (TW algorithm 1); returns the log, a list of rows. Resumes from `config.folder`.
 
     Raises `ValueError` for no problems, and for a folder that holds another run; `FloatingPointError` when the loss is not a number any more."""
     if not callable(problems): step_problems(problems, 0, config, None)   # refuse an empty list before anything is written
 
-    def one_step(step, setup): return _one_step(step, setup, tokenizer, problems, config, reward)
+    def one_step(step, setup): return _one_step(step, setup, tokenizer, problems, config, reward, write)
 
     return train_loop(model, config, problems, one_step, on_step, "P-GRPO", dropout=False, reward=describe(reward))
 
