@@ -16,7 +16,11 @@ from threadweaver_ref.client import CompletionsClient
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.dialects import DIALECTS
 from threadweaver_ref.domains import split_problems
-from threadweaver_ref.model import decoding_copy, load_policy, shipped_policies
+from threadweaver_ref.engine_rl import EngineRollouts
+from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.model import add_lora, decoding_copy, load_policy, shipped_policies
+from threadweaver_ref.pgrpo import PGRPOConfig, train_pgrpo
+from threadweaver_ref.programs import mixture
 from threadweaver_ref.scoring import collate, tree_logprobs
 from threadweaver_ref.serve import generate_remote, save_policy, serve_check
 
@@ -121,6 +125,19 @@ def test_the_result_join(venv, tmp_path):
     with serving(venv, tmp_path / "policy", "tiny-result", tmp_path / "log") as url:
         remote = generate_remote(CompletionsClient(url, "tiny-result"), tokenizer, questions, config)
     assert same(remote, local) == 100 and scored(model, remote[:20]) and sum(r.forks for r in local) > 40
+
+
+def test_training_through_the_engine(venv, tmp_path, capsys):
+    "Two steps of P-GRPO: what vLLM samples is what is trained, also after the adapter was sent again, and where forks are banned."
+    model, tokenizer = load_policy("tiny-sft", device="cpu")
+    policy = add_lora(model, r=8)
+    config = PGRPOConfig(steps=3, batch=4, group=4, sequential=.25, lr=1e-3, warmup=0, limits=Limits(max_tokens=600, max_thread_tokens=200))
+    with serving(venv, shipped_policies()["tiny-sft"], "tiny-sft", tmp_path / "log", "--enable-lora", "--max-lora-rank", "8") as url:
+        write = EngineRollouts(CompletionsClient(url, "tiny-sft"), tmp_path / "adapter", probe=16)
+        log = train_pgrpo(policy, tokenizer, lambda rng, step: mixture(rng, step, small=1), config, write=write)
+    with capsys.disabled():
+        for row in log: print("", *(f"{k} {row[k]:.6g}" for k in ("accuracy", "fork_rate", "used", "ratio_mean", "ratio_spread", "ratio_off")))
+    assert any(row["used"] for row in log) and all(row["ratio_off"] < 1e-3 for row in log)
 
 
 def test_an_adapter_is_loaded_again_in_place(venv, tmp_path):
