@@ -8,7 +8,7 @@ import torch
 from helpers import tiny
 
 from threadweaver_ref import baselines as room
-from threadweaver_ref.baselines import (BASELINES, SAMPLED, FixedFork, RandomFork, Thought, best_of_n, consensus_stop, decompose, find_way,
+from threadweaver_ref.baselines import (BASELINES, SAMPLED, FixedFork, RandomFork, Thought, best_of_n, consensus_stop, decompose, dictated, find_way,
                                         fixed_fork, random_fork, samples, self_consistency, tree_of_thoughts)
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
@@ -161,12 +161,22 @@ def test_hooks_can_be_named_in_a_config():
     assert DecodeConfig(hook=FixedFork(CHAR, 2)) == DecodeConfig(hook=FixedFork(CHAR, 2)) != DecodeConfig(hook=RandomFork(CHAR))
 
 
+def test_what_is_dictated_is_the_right_answer_whatever_the_model(policy):
+    for model, tokenizer in (policy, (MODEL, CHAR)):
+        found = dictated(model, tokenizer, QUESTIONS)
+        assert [r.answer for r in found] == ["6", "a3b7"] and {r.finish_reason for r in found} == {"stop"} and not any(r.forks for r in found)
+    own = generate(*policy, QUESTIONS[:1], DecodeConfig("sequential"))[0]
+    assert own.text == dictated(*policy, QUESTIONS[:1])[0].text and own.token_latency == found[0].token_latency == len(CHAR(own.text).input_ids) + 1
+    with pytest.raises(ValueError, match="no forks"): dictated(*policy, QUESTIONS, DecodeConfig())
+    with pytest.raises(ValueError, match="does not end in"): dictated(*policy, ["What is two?"])
+
+
 # ---- by name
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_has_a_name(policy, name):
     config, answer = find_way(name, "kv", 3)
-    assert (config.join, config.batch) == ("kv", 3) and (config.temperature > 0) == (config.mode == "sequential")
+    assert (config.join, config.batch) == ("kv", 3) and (config.temperature > 0) == (config.mode == "sequential" and name != "dictated")
     found = answer(*policy, QUESTIONS[:1], replace(config, limits=Limits(max_tokens=40)))
     assert [r.question for r in found] == QUESTIONS[:1]
     if name[-1].isdigit() and "fork" not in name: assert found[0].total_tokens > 2 * found[0].token_latency > 0

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLED', 'GREEDY', 'BASELINES', 'samples', 'self_consistency', 'best_of_n', 'consensus_stop', 'Thought',
-           'tree_of_thoughts', 'FixedFork', 'RandomFork', 'fixed_fork', 'random_fork', 'find_way', 'decompose']
+           'tree_of_thoughts', 'FixedFork', 'RandomFork', 'fixed_fork', 'random_fork', 'Dictated', 'dictated',
+           'find_way', 'decompose']
 
 # %% ../nbs/19c_baselines.ipynb #7a0531ac
 from collections import Counter
@@ -14,8 +15,10 @@ from functools import partial
 import torch
 
 from .decode import DecodeConfig, Rollout, generate
-from .domains import extract_answer
+from .domains import Sequential, extract_answer
+from .format import render
 from .forkjoin import MODES, Limits
+from .programs import parse
 from .sampling import stream_key, uniforms
 from .tokenizer import control_ids, encode_prompt, encode_text
 
@@ -191,12 +194,28 @@ def random_fork(model, tokenizer, questions, config=GREEDY, p=0.5) -> list:
     _may_fork(config)
     return generate(model, tokenizer, questions, replace(config, hook=RandomFork(tokenizer, p, config.seed)))
 
+# %% ../nbs/19c_baselines.ipynb #1083daaa
+@dataclass(frozen=True)
+class Dictated:
+    "A hook: every token is that of a given answer."
+    answers: dict   # tuple of a prompt's ids -> ids of the answer, its end included
+
+    def __call__(self, branch, ids, logits):
+        return _only(logits, self.answers[tuple(branch.machine.tree.ids[0])][len(branch.tail) + len(ids)])
+
+def dictated(model, tokenizer, questions, config=DecodeConfig("sequential")) -> list:
+    "The right sequential answer of every program. A `Rollout` for every question. Raises `ValueError` for a question that is no program."
+    if config.mode != "sequential": raise ValueError(f"mode={config.mode!r}: what is dictated has no forks, choose sequential")
+    def answer(q): return [*encode_text(tokenizer, render(Sequential().arrange(parse(q)))), tokenizer.eos_token_id]
+    answers = {tuple(encode_prompt(tokenizer, q, config.chat)): answer(q) for q in questions}
+    return generate(model, tokenizer, questions, replace(config, hook=Dictated(answers)))
+
 # %% ../nbs/19c_baselines.ipynb #00735d28
 BASELINES = {   # name -> (settings, f(model, tokenizer, questions, config))
     "self-consistency-4": (SAMPLED, partial(self_consistency, n=4)), "self-consistency-16": (SAMPLED, partial(self_consistency, n=16)),
     "best-of-4": (SAMPLED, partial(best_of_n, n=4)), "consensus-stop-4": (SAMPLED, partial(consensus_stop, n=4)),
     "tree-of-thoughts": (SAMPLED, tree_of_thoughts), "fixed-fork-2": (GREEDY, partial(fixed_fork, k=2)),
-    "fixed-fork-4": (GREEDY, partial(fixed_fork, k=4)), "random-fork": (GREEDY, random_fork)}
+    "fixed-fork-4": (GREEDY, partial(fixed_fork, k=4)), "random-fork": (GREEDY, random_fork), "dictated": (DecodeConfig("sequential"), dictated)}
 
 def find_way(
     name,             # of a mode, or in `BASELINES`
