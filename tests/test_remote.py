@@ -244,12 +244,12 @@ def test_unknown_log_probabilities_are_not_numbers():
 
 # ---- how many at a time, and what is asked
 
-@pytest.mark.parametrize("batch, lanes, most", [(1, None, 9), (8, 2, 2), (3, 1, 1)])
+@pytest.mark.parametrize("batch, lanes, most", [(1, None, 9), (3, None, 27), (8, 2, 2), (3, 1, 1)])
 def test_how_many_are_under_way(batch, lanes, most):
     engine = Scripted(tiny("Qwen3", char), Script(char, deep_plan))
     config = DecodeConfig(batch=batch, max_lanes=lanes, limits=Limits(max_tokens=2000))
     rollouts = generate_remote(engine, char, ["1+1?", "2+2?", "3+3?"], config)
-    assert (engine.most == most if lanes else 4 <= engine.most <= most) and all(r.forks == 7 for r in rollouts)
+    assert (engine.most == most if lanes else most / 3 < engine.most <= most) and all(r.forks == 7 for r in rollouts)
     if batch == 1: assert [r.rollout for r in engine.asked] == sorted(r.rollout for r in engine.asked)
 
 

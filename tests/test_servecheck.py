@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from threadweaver_ref.cli import app
 from threadweaver_ref.client import CompletionsClient
 from threadweaver_ref.domains import split_problems
-from threadweaver_ref.model import decoding_copy, load_policy
+from threadweaver_ref.model import decoding_copy, load_policy, save_policy
 from threadweaver_ref.remote import Completion
 from threadweaver_ref.servecheck import Finding, serve_check, verdict
 from threadweaver_ref.standin import FAULTS, NAMES, StandIn, greedy_writer
@@ -149,6 +149,16 @@ def test_the_command_line(write):
         CliRunner().invoke(app, ["serve-check", server.url, "--model", "tiny-rl"])
         asked = {tuple(b["token_ids"]) for b in server.bodies}
     assert all(tuple(encode_text(char, q)) in asked for q in first)
+
+
+def test_the_command_line_tells_of_the_models_further_ends(write, tmp_path):
+    model, tokenizer = load_policy("tiny-rl", device="cpu")
+    plain = decoding_copy(model)
+    plain.generation_config.eos_token_id = [tokenizer.eos_token_id, 33]
+    save_policy(plain, tokenizer, tmp_path)
+    with StandIn(write) as server:
+        CliRunner().invoke(app, ["serve-check", server.url, "--model", "tiny-rl", "--policy", str(tmp_path), "--question", QUESTIONS[0]])
+        assert 33 in server.bodies[0]["sampling_params"]["stop_token_ids"]
 
 
 def test_the_key_comes_from_the_environment(write, monkeypatch):

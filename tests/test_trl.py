@@ -225,8 +225,13 @@ def test_log_probabilities_that_nobody_knows_are_not_trained_on(policies):
         assert len(ForkJoinRolloutWorker(write, tokenizer, small_ones, CONFIG).groups(0)) == 2
 
 
-def test_its_health_counts_from_the_start_and_from_each_step(policies):
+def test_its_health_counts_from_the_start_and_from_each_step(policies, monkeypatch):
     _, tokenizer = policies["tiny-sft"]
+    idle = ForkJoinRolloutWorker(None, tokenizer, small_ones, CONFIG)
+    idle.beat -= 1000
+    monkeypatch.setattr(idle, "_run", lambda: None)
+    idle.start()
+    idle.check_health(60)
     began, go = threading.Event(), threading.Event()
     def write(*args):
         began.set()

@@ -124,7 +124,7 @@ def models(self:CompletionsClient, url=None) -> dict:
 def learn(self:CompletionsClient):
     "Find out the window and the dialect, of the first replica that answers. Raises `ValueError` for a model that is not served."
     models = self.models()
-    if self.model not in models: raise ValueError(f"the server has no model {self.model!r}: choose one of {', '.join([*models][:12])}")
+    if self.model not in models: raise ValueError(f"the server has no model {self.model!r}: choose one of {', '.join(map(str, [*models][:12]))}")
     self._window = next((m["max_model_len"] for m in [models[self.model], *models.values()] if m.get("max_model_len")), None)
     if self._dialect is None:
         try: paths = {*self.ask("/openapi.json")["paths"]}
