@@ -99,7 +99,8 @@ def groups(self:ForkJoinRolloutWorker, step) -> list:
 @patch
 def samples(self:ForkJoinRolloutWorker, problem, rollouts, version, number) -> list:
     "TRL's `RolloutSample` for every row of a group."
-    from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+    try: from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+    except ImportError: raise ImportError("rows for TRL need TRL: pip install trl==1.16.0") from None
     rewards, found = [self.reward(r, problem) for r in rollouts], []
     for r, paid, advantage in zip(rollouts, rewards, group_advantages([rewards], self.config.normalize)[0].tolist()):
         said = [{"role": "user", "content": str(problem.question)}], [{"role": "assistant", "content": r.text}]
