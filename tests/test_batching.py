@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 from helpers import TOKENIZERS, random_text, tiny
+from transformers.generation import configuration_utils
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from threadweaver_ref.batching import BatchingEngine, batching_options
 from threadweaver_ref.decode import DecodeConfig, generate
@@ -13,6 +15,7 @@ from threadweaver_ref.domains import split_problems
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.model import add_lora, load_policy
 from threadweaver_ref.remote import generate_remote
+from threadweaver_ref.sampling import filter_logits
 from threadweaver_ref.scoring import collate, tree_logprobs
 
 char = TOKENIZERS["char"]()
@@ -74,6 +77,55 @@ def test_sampled_rollouts_end_and_have_no_log_probabilities_of_the_model():
     model, tokenizer = load_policy("tiny-rl", device="cpu")
     rollouts = generate_remote(BatchingEngine(model, tokenizer), tokenizer, mixed(1)[1:4] * 2, DecodeConfig(temperature=1.0, top_p=.95))
     assert {r.finish_reason for r in rollouts} == {"stop"} and all(r.logprobs.isnan().all() for r in rollouts)
+
+
+def test_at_temperature_one_the_log_probabilities_are_the_models():
+    model, tokenizer = load_policy("tiny-rl", device="cpu")
+    rollouts = generate_remote(BatchingEngine(model, tokenizer), tokenizer, mixed(1)[1:3], DecodeConfig(temperature=1.0))
+    with torch.no_grad(): scored = [tree_logprobs(model, collate([r.tree.pack()])) for r in rollouts]
+    assert all(torch.allclose(r.logprobs, s, atol=1e-3) for r, s in zip(rollouts, scored)) and sum(map(len, scored)) > 50
+
+
+@pytest.mark.parametrize("sampling", [dict(top_p=.9), dict(top_k=5), dict(top_k=1)])
+def test_of_another_distribution_than_the_models_nothing_is_known(sampling):
+    config = DecodeConfig("autoregressive", temperature=1.0, limits=Limits(max_tokens=3), **sampling)
+    r, = generate_remote(BatchingEngine(tiny("Qwen3", char), char), char, ["1+1?"], config)
+    assert r.logprobs.isnan().all()
+
+
+@pytest.mark.parametrize("sampling", [dict(temperature=9.0), dict(temperature=1.0, top_p=.5), dict(temperature=2.0, top_k=4)])
+def test_tokens_are_drawn_from_the_distribution_that_was_asked_for(sampling):
+    "500 draws of one token against the shares."
+    model, n = tiny("Qwen3", char), 500
+    config = DecodeConfig("autoregressive", limits=Limits(max_tokens=1), batch=n, **sampling)
+    rollouts = generate_remote(BatchingEngine(model, char), char, ["1+1?"] * n, config)
+    with torch.no_grad(): shares = filter_logits(model(torch.tensor([rollouts[0].tree.ids[0]])).logits[0, -1:], **sampling).softmax(-1)[0]
+    drawn = torch.bincount(torch.tensor([r.tree.ids[1][0] for r in rollouts]), minlength=len(shares)) / n
+    assert (drawn - shares).abs().max() < .08 and drawn[shares == 0].sum() == 0
+    plain = model(torch.tensor([rollouts[0].tree.ids[0]])).logits[0, -1].softmax(-1)
+    assert (plain - shares).abs().max() > .1   # so it matters
+
+
+def test_other_seeds_are_other_draws():
+    config = DecodeConfig("autoregressive", temperature=30.0, limits=Limits(max_tokens=20))
+    engine = BatchingEngine(tiny("Qwen3", char), char)
+    one, same_again, two = (generate_remote(engine, char, ["1+1?"], config, seeds=[s])[0].text for s in (1, 1, 2))
+    assert one == same_again != two
+
+
+def test_what_requests_begin_with_alike_is_read_once(monkeypatch):
+    "The threads of a fork find what stands before it, in whole pages."
+    found, real = [], PagedAttentionCache.search_prefix_match
+    monkeypatch.setattr(PagedAttentionCache, "search_prefix_match", lambda self, *args: found.append(real(self, *args)) or found[-1])
+    model, tokenizer = load_policy("tiny-rl", device="cpu")
+    r, = generate_remote(BatchingEngine(model, tokenizer), tokenizer, ["a=7+3x9;b=2+5x12;c=4-1x8;d=6+2x10;e=a+b;f=c-d;ef?"])
+    assert r.forks and sum(n >= 16 for n in found) >= 2 and all(n % 16 == 0 for n in found)
+
+
+def test_a_transformers_that_cannot_is_refused_at_once(monkeypatch):
+    model = tiny("Qwen3", char)
+    monkeypatch.delattr(configuration_utils, "ContinuousBatchingConfig")
+    with pytest.raises(ValueError, match="install transformers>=5.17"): BatchingEngine(model, char)
 
 
 def test_a_request_that_is_not_taken_or_fails_ends_its_rollout(monkeypatch):

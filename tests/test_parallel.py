@@ -1,4 +1,5 @@
 """`generate(custom_generate=...)`: in this process, and from a folder where this package is not installed."""
+import copy
 import os
 import random
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 import torch
 from helpers import TOKENIZERS, random_text, tiny
 from test_decode import Script, random_plan
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.domains import split_problems
@@ -16,6 +17,7 @@ from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.model import decoding_copy, load_policy
 from threadweaver_ref.parallel import RowStops, parallel_generate, written
 from threadweaver_ref.serve import needed, save_policy
+from threadweaver_ref.tokenizer import encode_text
 
 char = TOKENIZERS["char"]()
 
@@ -87,6 +89,43 @@ def test_temperature_is_the_callers(tiny_rl):
     assert len({tuple(r) for r in greedy.tolist()}) == 1 < len({tuple(r) for r in sampled.tolist()})
 
 
+def test_without_a_generation_config_the_callers_options_hold_and_else_the_models(tiny_rl, monkeypatch):
+    "As Transformers hands them to a folder's code: as they are, and no config."
+    model, tokenizer = tiny_rl
+    ids = padded(tokenizer, ["a=7+3x4;b=2+5x3;c=a+b;c?"] * 4)["input_ids"]
+    def said(**options):
+        torch.manual_seed(0)
+        return {tuple(row) for row in parallel_generate(model, ids, tokenizer=tokenizer, **options).tolist()}
+    greedy = said(max_new_tokens=100)
+    hot = dict(max_new_tokens=100, do_sample=True, temperature=3.0)
+    assert len(greedy) == 1 < len(said(**hot)) and len({*greedy, *said(max_new_tokens=100, temperature=3.0)}) == 1
+    assert said(**hot, top_k=1) == greedy == said(**hot, top_p=1e-6)
+    assert max(map(len, said(max_new_tokens=7))) == ids.shape[1] + 7
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(do_sample=True, temperature=3.0, max_new_tokens=100))
+    assert len(said()) > 1 and said(do_sample=False) == greedy and said(top_k=1) == greedy
+    assert len(said(generation_config=GenerationConfig(max_new_tokens=100))) == 1
+
+
+def test_every_end_of_the_model_ends_a_text(tiny_rl, monkeypatch):
+    model, tokenizer = tiny_rl
+    config = copy.deepcopy(model.generation_config)
+    config.eos_token_id = [tokenizer.eos_token_id, encode_text(tokenizer, ";")[0]]
+    monkeypatch.setattr(model, "generation_config", config)
+    ids = padded(tokenizer, ["a=1+2;b=a*3;b?"])["input_ids"]
+    assert tokenizer.decode(parallel_generate(model, ids, tokenizer=tokenizer)[0]).endswith(";")
+
+
+@pytest.mark.parametrize("window", [6, 12, 30])
+def test_no_token_stands_behind_the_models_window(window):
+    "The local decoder closes branches there too."
+    model, rng, machines = tiny("Llama", char, max_position_embeddings=window), random.Random(window), []
+    questions = [random_text(rng, 3) + "?" for _ in range(3)] + ["1+1+1+1?"]
+    local = generate(model, char, questions, DecodeConfig("autoregressive"))
+    parallel_generate(model, padded(char, questions)["input_ids"], tokenizer=char, mode="autoregressive", machines=machines)
+    assert [(m.text, m.finish_reason, m.tree.sorted()) for m in machines] == [(r.text, r.finish_reason, r.tree) for r in local]
+    assert "length" in {r.finish_reason for r in local} and all(len(m.main.context_ids) <= window for m in machines if m.text)
+
+
 def test_the_pipeline(tiny_rl):
     model, tokenizer = tiny_rl
     made = pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -112,6 +151,20 @@ def test_padding_is_taken_off_with_a_mask_and_without(tiny_rl):
         assert [i for i in row if i != tokenizer.pad_token_id] == alone[0].tolist()
 
 
+def test_a_token_that_begins_a_text_is_no_padding():
+    "Where both are the same one: a row alone, the longest of several, and a shorter one."
+    tokenizer, model = copy.deepcopy(char), tiny("Qwen3", char)
+    def prompts(rows):
+        machines = []
+        parallel_generate(model, torch.tensor(rows), tokenizer=tokenizer, machines=machines, max_new_tokens=1)
+        return [m.tree.ids[0] for m in machines]
+    pad = tokenizer.pad_token_id
+    assert prompts([[pad, 30, 24], [30, 24, 30]]) == [[30, 24], [30, 24, 30]] and prompts([[pad, 30]]) == [[30]]
+    tokenizer.bos_token = tokenizer.pad_token
+    assert prompts([[pad, 30, 24]]) == [[pad, 30, 24]]
+    assert prompts([[pad, pad, 30], [pad, 30, 24]]) == [[pad, 30], [pad, 30, 24]] and prompts([[pad, 30], [30, 24]]) == [[30], [30, 24]]
+
+
 # ---- a folder that forks by itself
 
 PROGRAM = """
@@ -125,6 +178,8 @@ for trusted in (False, True):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted)
     named = {} if trusted else {"custom_generate": folder, "trust_remote_code": True, "tokenizer": tokenizer}
     print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=1000, **named)[0, ids.shape[1]:]))
+    hot = model.generate(input_ids=ids.repeat(5, 1), max_new_tokens=50, do_sample=True, temperature=3.0, **named)
+    print(len({tuple(row) for row in hot.tolist()}) > 1)
 print(*sorted(n for n, m in sys.modules.items() if m and n.split(".")[0] in ("threadweaver_ref", "fastcore")))
 """
 
@@ -137,7 +192,7 @@ def test_a_saved_policy_forks_where_this_package_is_not_installed(tmp_path):
     env = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "policy"), question], capture_output=True, text=True, cwd=tmp_path, env=env)
     local, = generate(model, tokenizer, [question])
-    assert done.stdout.split("\n") == [local.text + tokenizer.eos_token] * 2 + ["", ""], done.stderr[-2000:]
+    assert done.stdout.split("\n") == [local.text + tokenizer.eos_token, "True"] * 2 + ["", ""], done.stderr[-2000:]
     assert local.forks == 1
 
 

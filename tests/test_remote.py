@@ -2,6 +2,8 @@
 import asyncio
 import dataclasses
 import random
+import threading
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -186,6 +188,17 @@ def test_the_other_requests_of_a_failed_rollout_are_cancelled():
     assert r.finish_reason == "error" and engine.cancelled == 1 and engine.now == 0
 
 
+def test_a_cancel_that_is_swallowed_comes_again():
+    "As `asyncio.wait_for` does in Python 3.10 and 3.11, where an answer comes in the same moment; and the client then waits for another attempt."
+    async def deaf():
+        try: await asyncio.sleep(1000)
+        except asyncio.CancelledError: await asyncio.sleep(1000)
+    engine = Scripted(tiny("Qwen3", char), Script(char, deep_plan), bad=lambda r: deaf() if r.path else None)
+    began = time.perf_counter()
+    r, = generate_remote(engine, char, ["1+1?"], seconds=.3)
+    assert r.finish_reason == "cancelled" and engine.now == 0 and time.perf_counter() - began < 5
+
+
 def test_time_is_over():
     async def forever(): await asyncio.sleep(1000)
     model = tiny("Qwen3", char)
@@ -220,7 +233,7 @@ def test_answers_that_can_be_right(completion): assert check_completion(REQUEST,
 def test_a_wrong_answer_ends_the_rollout_whatever_the_engine_checks():
     stripped = Completion([20, 21], [-1., -1.], "stop")
     r, = generate_remote(Scripted(tiny("Qwen3", char), bad=lambda r: stripped), char, ["1+1?"])
-    assert r.finish_reason == "error" and "no stop token of ours" in str(r.errors[0]) and r.text == ""
+    assert r.finish_reason == "error" and "no stop token of ours: has the model further `stops`?" in str(r.errors[0]) and r.text == ""
 
 
 def test_unknown_log_probabilities_are_not_numbers():
@@ -231,12 +244,12 @@ def test_unknown_log_probabilities_are_not_numbers():
 
 # ---- how many at a time, and what is asked
 
-@pytest.mark.parametrize("batch, lanes, most", [(1, None, 9), (8, 2, 2), (3, 1, 1)])
+@pytest.mark.parametrize("batch, lanes, most", [(1, None, 9), (3, None, 27), (8, 2, 2), (3, 1, 1)])
 def test_how_many_are_under_way(batch, lanes, most):
     engine = Scripted(tiny("Qwen3", char), Script(char, deep_plan))
     config = DecodeConfig(batch=batch, max_lanes=lanes, limits=Limits(max_tokens=2000))
     rollouts = generate_remote(engine, char, ["1+1?", "2+2?", "3+3?"], config)
-    assert engine.most <= most and all(r.forks == 7 for r in rollouts)
+    assert (engine.most == most if lanes else most / 3 < engine.most <= most) and all(r.forks == 7 for r in rollouts)
     if batch == 1: assert [r.rollout for r in engine.asked] == sorted(r.rollout for r in engine.asked)
 
 
@@ -279,14 +292,31 @@ def test_a_bad_question_is_named_before_anything_is_asked(bad, said):
 
 
 def test_within_an_event_loop_too():
-    async def inner(): return threading_name()
-    def threading_name():
-        import threading
-        return threading.current_thread().name
+    async def inner(): return threading.current_thread().name
     async def outer(): return blocking(inner())
     assert blocking(inner()) == "MainThread" != asyncio.run(outer())
     async def fails(): raise ValueError("x")
     with pytest.raises(ValueError): blocking(fails())
+
+
+def test_an_interrupt_within_an_event_loop_ends_the_requests(monkeypatch):
+    "As in a notebook: the cell is interrupted while its thread waits for an answer."
+    from concurrent import futures
+    ended, waiting = [], threading.Event()
+    async def forever():
+        waiting.set()
+        try: await asyncio.sleep(20)
+        finally: ended.append(True)
+    def interrupted(self, timeout=None):
+        if self.done(): return real(self, timeout)
+        waiting.wait(10)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+    async def cell(): blocking(forever())
+    real, began = futures.Future.result, time.perf_counter()
+    monkeypatch.setattr(futures.Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt): asyncio.run(cell())
+    assert ended == [True] and time.perf_counter() - began < 5
 
 
 def test_sequential_bans_control_tokens():

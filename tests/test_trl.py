@@ -1,5 +1,7 @@
 """Rows for TRL: each sampled token once, with the tree's log-probabilities; TRL's own packing as an oracle, and its trainer on them."""
+import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.model import decoding_copy, load_policy, shipped_policies
 from threadweaver_ref.pgrpo import PGRPOConfig
 from threadweaver_ref.programs import mixture
-from threadweaver_ref.remote import Completion
+from threadweaver_ref.remote import Completion, EngineError
 from threadweaver_ref.scoring import collate, tree_logprobs
 from threadweaver_ref.serve import CompletionsClient
 from threadweaver_ref.standin import StandIn
@@ -191,8 +193,65 @@ def test_a_worker_that_fails_says_why(policies):
     with pytest.raises(RuntimeError, match="no rollout for 100 s"): late.check_health(60)
 
 
+def test_a_step_whose_adapter_is_taken_away_meanwhile_is_dropped(policies):
+    "TRL keeps a few versions; the worker goes on with the one that there is now."
+    pytest.importorskip("trl", reason="TRL is not installed")
+    _, tokenizer = policies["tiny-sft"]
+    def exchanged(request):
+        if len(server.bodies) == 4:
+            worker.update_model_version(2)
+            server.served[:] = ["trl-policy-v2"]
+        return Completion([1], [-1.], "stop")
+    with StandIn(exchanged, model="trl-policy-v1") as server:
+        client = CompletionsClient(server.url, "trl-policy-v1", concurrency=1)
+        worker = ForkJoinRolloutWorker(server_rollouts(client, tokenizer), tokenizer, small_ones, CONFIG)
+        worker.update_model_version(1)
+        assert worker.groups(0) == [] and worker.version == 2
+        worker.start()
+        sample = worker.rollout_buffer.get(timeout=60)
+        worker.check_health(60)
+        worker.stop()
+        assert sample.model_version == 2 and worker.failed is None
+        server.served[:] = ["trl-policy-v3"]   # and nobody has told the worker
+        with pytest.raises(EngineError, match="not trained on.*404"): worker.groups(1)
+
+
+def test_log_probabilities_that_nobody_knows_are_not_trained_on(policies):
+    _, tokenizer = policies["tiny-sft"]
+    with StandIn(lambda request: Completion([1], [-1.], "stop"), dialects=["sglang"]) as server:
+        write = server_rollouts(CompletionsClient(server.url, "tiny-rl"), tokenizer, "tiny-rl")
+        hot = lambda questions, config, seeds, version: write(questions, replace(config, temperature=.7), seeds, version)
+        with pytest.raises(EngineError, match="no log-probabilities"): ForkJoinRolloutWorker(hot, tokenizer, small_ones, CONFIG).groups(0)
+        assert len(ForkJoinRolloutWorker(write, tokenizer, small_ones, CONFIG).groups(0)) == 2
+
+
+def test_its_health_counts_from_the_start_and_from_each_step(policies, monkeypatch):
+    _, tokenizer = policies["tiny-sft"]
+    idle = ForkJoinRolloutWorker(None, tokenizer, small_ones, CONFIG)
+    idle.beat -= 1000
+    monkeypatch.setattr(idle, "_run", lambda: None)
+    idle.start()
+    idle.check_health(60)
+    began, go = threading.Event(), threading.Event()
+    def write(*args):
+        began.set()
+        go.wait(60)
+        raise EngineError("over")
+    worker = ForkJoinRolloutWorker(write, tokenizer, small_ones, CONFIG)
+    worker.beat -= 1000   # it was made long ago
+    worker.start()
+    assert began.wait(60)
+    worker.check_health(60)
+    go.set()
+    worker.stop()
+    worker.beat -= 1000
+    with pytest.raises(EngineError, match="over"): worker.groups(1)
+    assert time.time() - worker.beat < 60
+
+
 def test_settings_that_cannot_be_right(policies):
     tokenizer = policies["tiny-sft"][1]
     cold = PGRPOConfig(temperature=.5)
     with pytest.raises(ValueError, match="temperature=0.5: must be 1"): ForkJoinRolloutWorker(None, tokenizer, small_ones, cold)
+    with pytest.raises(ValueError, match="sequential=0.5: must be 0"): ForkJoinRolloutWorker(None, tokenizer, small_ones, PGRPOConfig(sequential=.5))
     with pytest.raises(ValueError, match="no problems"): ForkJoinRolloutWorker(None, tokenizer, [], CONFIG)

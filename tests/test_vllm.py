@@ -128,7 +128,7 @@ def test_the_result_join(venv, tmp_path):
 
 
 def test_training_through_the_engine(venv, tmp_path, capsys):
-    "Two steps of P-GRPO: what vLLM samples is what is trained, also after the adapter was sent again, and where forks are banned."
+    "Three steps of P-GRPO: what vLLM samples is what is trained, also after the adapter was sent again, and where forks are banned."
     model, tokenizer = load_policy("tiny-sft", device="cpu")
     policy = add_lora(model, r=8)
     config = PGRPOConfig(steps=3, batch=4, group=4, sequential=.25, lr=1e-3, warmup=0, limits=Limits(max_tokens=600, max_thread_tokens=200))

@@ -232,7 +232,8 @@ def results(out: Path = typer.Option(Path("results"), help="folder for a file a 
 def _explained(error) -> bool:
     "Is it a mistake or a shortage that one line explains? Of libraries' own errors: a disk or a memory that is full."
     full = ("inline_container", "PytorchStreamWriter", "iostream error", "out of memory", "not enough memory", "can't allocate memory")
-    return (isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError)) or type(error).__name__ == "SafetensorError"
+    named = {t.__name__ for t in type(error).__mro__} & {"SafetensorError", "EngineError"}
+    return (isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError)) or bool(named)
             or isinstance(error, RuntimeError) and any(words in str(error) for words in full))
 
 

@@ -24,11 +24,12 @@ def serve_check(
     from threadweaver_ref.domains import families_of, split_problems
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.serve import CompletionsClient, serve_check
-    _, tokenizer = load_policy(policy, device="cpu")
+    from threadweaver_ref.tokenizer import stop_ids
+    loaded, tokenizer = load_policy(policy, device="cpu")
     asked = question or [p.question for ps in split_problems(domain, "dev", -(-5 // len(families_of(domain)))).values() for p in ps][:5]
     works = True
     for address in url:
-        found = serve_check(CompletionsClient(address, model, dialect=dialect or None), tokenizer, asked)
+        found = serve_check(CompletionsClient(address, model, dialect=dialect or None, stops=stop_ids(loaded, tokenizer)), tokenizer, asked)
         typer.echo("\n".join([address, *map(str, found)]))
         works = works and found[-1].ok
     raise typer.Exit(0 if works else 1)
@@ -48,9 +49,13 @@ def serve_cost(
     from threadweaver_ref.evaluate import provenance
     from threadweaver_ref.model import decoding_copy, load_policy
     from threadweaver_ref.serve import CompletionsClient, cost_rows
+    from threadweaver_ref.tokenizer import stop_ids
+    if out and not out.resolve().parent.is_dir(): raise ValueError(f"{out.parent} is no folder: the rows cannot be written to {out}")
     loaded, tokenizer = load_policy(policy)
+    client = CompletionsClient(url, model, stops=stop_ids(loaded, tokenizer))
+    client.learn()   # a wrong address or model is said now, not behind the local runs
     asked = [p.question for ps in split_problems(domain, "dev", problems).values() for p in ps]
-    rows, same = cost_rows(decoding_copy(loaded), tokenizer, asked, CompletionsClient(url, model))
+    rows, same = cost_rows(decoding_copy(loaded), tokenizer, asked, client)
     for row in rows: typer.echo(json.dumps(row))
     typer.echo("the same tokens" if same else "NOT the same tokens")
     about = provenance(f"threadweaver-ref serve-cost URL --model {model} --policy {policy} --problems {problems} --domain {domain}", seed=0)

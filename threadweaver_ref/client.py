@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import textwrap
+import time
 import uuid
 import zlib
 from contextlib import asynccontextmanager
@@ -37,24 +38,37 @@ class CompletionsClient:
         salt=None,          # of the prefix cache: requests with another salt share nothing
         stops=(),           # further ids that end a text
     ):
-        urls = [base_url] if isinstance(base_url, str) else list(base_url)
-        if not urls: raise ValueError("no base_url: give that of a server, or of several replicas")
+        found = dict(map(_root, [base_url] if isinstance(base_url, str) else base_url))   # address -> (user, password), or None
+        if not found: raise ValueError("no base_url: give that of a server, or of several replicas")
         if dialect is not None and dialect not in DIALECTS: raise ValueError(f"unknown dialect {dialect!r}: choose one of {', '.join(DIALECTS)}")
-        self.urls, self.model, self.spread, self.salt, self.stops = [_root(u) for u in urls], model, spread, salt, tuple(stops)
+        self.urls, self.model, self.spread, self.salt, self.stops = list(found), model, spread, salt, tuple(stops)
         self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff
-        self._key, self._dialect, self._window = api_key or os.environ.get("THREADWEAVER_API_KEY"), dialect and DIALECTS[dialect], None
+        self._key, self._users = _checked((api_key or os.environ.get("THREADWEAVER_API_KEY") or "").strip()), found
+        self._dialect, self._window, self._failures, self._resting = dialect and DIALECTS[dialect], None, {}, {}
         self.counts = {"requests": 0, "attempts": 0, "ended": 0}
 
     def __repr__(self): return f"CompletionsClient({', '.join(self.urls)}, {self.model!r})"
 
 def _root(url):
-    "The address of a server without a slash or /v1 at its end. Raises `ValueError` for what is none."
-    root = url.strip().rstrip("/").removesuffix("/v1")
-    if not root.startswith(("http://", "https://")): raise ValueError(f"{url!r} is no address of a server: it begins with http:// or https://")
-    return root
+    "(address of a server without a slash or /v1 at its end, (user, password) or None). Raises `ValueError` for what is none."
+    root, shown = url.strip().rstrip("/").removesuffix("/v1"), url.rpartition("@")[2]
+    if not root.startswith(("http://", "https://")): raise ValueError(f"{shown!r} is no address of a server: it begins with http:// or https://")
+    try: parts = httpx.URL(root)
+    except httpx.InvalidURL: raise ValueError(f"{shown!r} is no address of a server") from None
+    return str(parts.copy_with(userinfo=b"")), (parts.username, parts.password) if parts.userinfo else None
+
+def _checked(key):
+    "Raises `ValueError`, which does not show it, for a key that no header may have."
+    if not (key.isascii() and key.isprintable()): raise ValueError("the API key has a character that no header may have")
+    return key
 
 @patch
 def _headers(self:CompletionsClient): return {"Authorization": f"Bearer {self._key}"} if self._key else {}
+
+@patch
+def _wait(self:CompletionsClient, attempt) -> float:
+    "Seconds before another attempt: twice as many each time, at most 8, and not the same for all."
+    return min(8, self.backoff * 2 ** (attempt - 1)) * random.uniform(.5, 1.5)
 
 # %% ../nbs/35c_client.ipynb #ca6eb9ca
 def one_line(error) -> str:
@@ -62,35 +76,60 @@ def one_line(error) -> str:
     said = textwrap.shorten(str(error), 200, placeholder=" ...")
     return said or type(error).__name__
 
+class Refused(EngineError):
+    "The server will not answer this request, however often it is asked."
+
+@patch
+def _line(self:CompletionsClient, error) -> str:
+    "What went wrong, in one short line without the key."
+    said = str(error) or type(error).__name__
+    return one_line(said.replace(self._key, "***") if self._key else said)
+
+@patch
+def _answer(self:CompletionsClient, found) -> httpx.Response:
+    "The response itself. Raises `EngineError` for an error of the server, `Refused` where another attempt is no use."
+    if found.is_success: return found
+    again = found.status_code in (408, 429) or found.status_code >= 500
+    raise (EngineError if again else Refused)(f"status {found.status_code}: {self._line(_said(found))}")
+
 @patch
 def ask(self:CompletionsClient, path, body=None, url=None):
-    "What one server says to a GET, or to a POST of `body`. Raises `EngineError`."
+    "What a server says to a GET, or to a POST of `body`: the one at `url`, or the first replica that answers. Raises `EngineError`."
+    for attempt in range(self.retries + 1):
+        if attempt: time.sleep(self._wait(attempt))
+        failed = []
+        for root in [url] if url else self.urls:
+            try: return self._ask(root, path, body)
+            except EngineError as error: failed.append(error)
+        if all(isinstance(error, Refused) for error in failed): break
+    raise failed[-1]
+
+@patch
+def _ask(self:CompletionsClient, url, path, body):
+    "One attempt."
     try:
-        with httpx.Client(headers=self._headers(), timeout=min(self.timeout, 60)) as http:
-            found = http.get((url or self.urls[0]) + path) if body is None else http.post((url or self.urls[0]) + path, json=body)
-        if found.status_code >= 400: raise EngineError(f"{path}: status {found.status_code}: {_said(found)}")
-        return found.json() if "json" in found.headers.get("content-type", "") else found.text
-    except (httpx.HTTPError, ValueError) as error: raise EngineError(f"{url or self.urls[0]}{path}: {one_line(error)}") from error
+        with httpx.Client(headers=self._headers(), auth=self._users.get(url), timeout=min(self.timeout, 60)) as http:
+            found = self._answer(http.get(url + path) if body is None else http.post(url + path, json=body))
+            return found.json() if "json" in found.headers.get("content-type", "") else found.text
+    except EngineError as error: raise type(error)(f"{url}{path}: {error}") from None
+    except (httpx.HTTPError, ValueError) as error: raise EngineError(f"{url}{path}: {self._line(error)}") from None
+
+@patch
+def models(self:CompletionsClient, url=None) -> dict:
+    "Name -> what a server says of a model. Raises `EngineError` for one that gives no list of models."
+    try: return {m["id"]: m for m in self.ask("/v1/models", url=url)["data"]}
+    except (KeyError, TypeError): raise EngineError("/v1/models: no list of models, so this is no server for a `CompletionsClient`") from None
 
 @patch
 def learn(self:CompletionsClient):
     "Find out the window and the dialect, of the first replica that answers. Raises `ValueError` for a model that is not served."
-    models = self._first("/v1/models")["data"]
-    ours = next((m for m in models if m["id"] == self.model), None)
-    if ours is None: raise ValueError(f"the server has no model {self.model!r}: choose one of {', '.join(m['id'] for m in models[:12])}")
-    self._window = ours.get("max_model_len") or next((m["max_model_len"] for m in models if m.get("max_model_len")), None)
+    models = self.models()
+    if self.model not in models: raise ValueError(f"the server has no model {self.model!r}: choose one of {', '.join(map(str, [*models][:12]))}")
+    self._window = next((m["max_model_len"] for m in [models[self.model], *models.values()] if m.get("max_model_len")), None)
     if self._dialect is None:
-        try: paths = self._first("/openapi.json").get("paths", {})
-        except EngineError: paths = {}
+        try: paths = {*self.ask("/openapi.json")["paths"]}
+        except (EngineError, KeyError, TypeError): paths = {}
         self._dialect = next((d for d in DIALECTS.values() if d.path in paths), DIALECTS["completions"])
-
-@patch
-def _first(self:CompletionsClient, path):
-    "The answer of the first replica that has one."
-    for url in self.urls[:-1]:
-        try: return self.ask(path, url=url)
-        except EngineError: pass
-    return self.ask(path, url=self.urls[-1])
 
 @patch(as_prop=True)
 def dialect(self:CompletionsClient):
@@ -110,44 +149,55 @@ def _said(answer) -> str:
     try: found = answer.json()
     except ValueError: found = answer.text
     if isinstance(found, dict): found = found.get("error", found)
-    return one_line(found.get("message", found) if isinstance(found, dict) else found)
+    return str(found.get("message", found) if isinstance(found, dict) else found) or answer.reason_phrase
 
 # %% ../nbs/35c_client.ipynb #1a3d51b9
-class Refused(EngineError):
-    "The server will not answer this request, however often it is asked."
-
 @patch
 def replica(self:CompletionsClient, request, attempt) -> str:
-    "The address to ask: a rollout stays with one replica, or each of its threads does; another attempt goes to the next one."
-    key = zlib.crc32(repr(request.path).encode()) if self.spread else 0
-    return self.urls[(request.rollout + key + attempt) % len(self.urls)]
+    "The address to ask: a rollout stays with one replica, or each of its threads does; another attempt goes to the next one that does not rest."
+    key, now = zlib.crc32(repr(request.path).encode()) if self.spread else 0, time.monotonic()
+    first = (request.rollout + key + attempt) % len(self.urls)
+    order = self.urls[first:] + self.urls[:first]
+    url = next((u for u in order if self._resting.get(u, 0) <= now), order[0])
+    if url in self._resting: self._resting[url] = now + 30   # this request tries it again, alone
+    return url
+
+@patch
+def _note(self:CompletionsClient, url, answered):
+    "A replica that twice in a row gave no answer at all rests for 30 seconds."
+    if answered: self._failures.pop(url, None), self._resting.pop(url, None)
+    else:
+        self._failures[url] = self._failures.get(url, 0) + 1
+        if self._failures[url] > 1: self._resting[url] = time.monotonic() + 30
 
 @patch
 async def _once(self:CompletionsClient, http, url, request, config, name):
     "One attempt. Raises `EngineError` or what httpx raises; `Refused` where another attempt is no use."
     body = self.dialect.body(request, self.model, config, name, self.salt)
-    found = await asyncio.wait_for(http.post(url + self.dialect.path, json=body), self.timeout)
-    if found.status_code >= 400:
-        again = found.status_code in (408, 429) or found.status_code >= 500
-        raise (EngineError if again else Refused)(f"status {found.status_code}: {_said(found)}")
-    return check_completion(request, read_answer(self.dialect, request, found.json()))
+    found = await asyncio.wait_for(http.post(url + self.dialect.path, json=body, auth=self._users.get(url)), self.timeout)
+    self._note(url, True)
+    return check_completion(request, read_answer(self.dialect, request, self._answer(found).json(), config))
 
 @patch
-async def _complete(self:CompletionsClient, http, request, config):
+async def _complete(self:CompletionsClient, http, ending, request, config):
     "A `Completion`. Raises `EngineError` that says how often it was tried, and why the last attempt failed."
     self.counts["requests"] += 1
     for attempt in range(self.retries + 1):
-        if attempt: await asyncio.sleep(min(8, self.backoff * 2 ** (attempt - 1)) * random.uniform(.5, 1.5))
+        if attempt: await asyncio.sleep(self._wait(attempt))
         url, name = self.replica(request, attempt), uuid.uuid4().hex
         self.counts["attempts"] += 1
         try: return await self._once(http, url, request, config, name)
         except Refused: raise
-        except (EngineError, httpx.HTTPError, ValueError) as error: cause = error
+        except httpx.HTTPError as error:
+            self._note(url, False)
+            cause = error
+        except (EngineError, ValueError) as error: cause = error
         except (asyncio.CancelledError, asyncio.TimeoutError, TimeoutError) as error:
-            await self._end(http, url, name)
+            ending.append(asyncio.ensure_future(self._end(http, url, name)))   # nobody waits for it
             if isinstance(error, asyncio.CancelledError): raise
+            self._note(url, False)
             cause = EngineError(f"no answer within {self.timeout} s")
-    raise EngineError(f"{self.retries + 1} attempts, the last at {url}: {one_line(cause)}") from cause
+    raise EngineError(f"{self.retries + 1} attempts, the last at {url}: {self._line(cause)}")
 
 # %% ../nbs/35c_client.ipynb #282603b4
 @patch
@@ -155,7 +205,7 @@ async def _end(self:CompletionsClient, http, url, name):
     "Tell the server that nobody waits for this request any more."
     self.counts["ended"] += 1
     if not self.dialect.abort: return
-    try: await asyncio.wait_for(http.post(url + self.dialect.abort, json=self.dialect.aborts(name)), 5)
+    try: await asyncio.wait_for(http.post(url + self.dialect.abort, json=self.dialect.aborts(name), auth=self._users.get(url)), 5)
     except (httpx.HTTPError, asyncio.TimeoutError, TimeoutError, RuntimeError): pass   # it has gone, or does not know how
 
 @patch
@@ -164,7 +214,11 @@ async def session(self:CompletionsClient, config):
     "Gives `complete(request)`: for `generate_remote`."
     if self._dialect is None or self._window is None: await asyncio.to_thread(self.learn)   # before the first request
     places, none = asyncio.Semaphore(self.concurrency), httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
-    async with httpx.AsyncClient(headers=self._headers(), timeout=None, limits=none) as http:
+    patience, ending = httpx.Timeout(None, connect=min(10, self.timeout)), []
+    async with httpx.AsyncClient(headers=self._headers(), timeout=patience, limits=none) as http:
         async def complete(request):
-            async with places: return await self._complete(http, request, config)
-        yield complete
+            async with places: return await self._complete(http, ending, request, config)
+        try: yield complete
+        finally:
+            if ending: await asyncio.wait(ending, timeout=1)   # no longer: the server may be the one that does not answer
+            for task in ending: task.cancel()

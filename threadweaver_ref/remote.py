@@ -9,7 +9,7 @@ __all__ = ['Request', 'Completion', 'EngineError', 'check_completion', 'blocking
 import asyncio
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from .forkjoin import ForkJoin
 from .joins import get_join
 from .rollout import Row
 from .sampling import default_seeds, stream_key
-from .tokenizer import encode_prompt, stop_ids
+from .tokenizer import encode_prompts, stop_ids
 
 # %% ../nbs/33_remote.ipynb #07478dec
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def _wrong_ids(request, ids):
 def _wrong_end(request, ids, reason):
     stopped = ids[-1] in request.stop_ids
     if reason not in ("stop", "length"): return f"it ended with {reason!r}"
-    if reason == "stop" and not stopped: return f"it says that it stopped, but its last token, {ids[-1]}, is no stop token of ours"
+    if reason == "stop" and not stopped:
+        return f"it says that it stopped, but its last token, {ids[-1]}, is no stop token of ours: has the model further `stops`?"
     if not stopped and len(ids) < request.budget: return f"it was cut off after {len(ids)} of {request.budget} tokens"
 
 def _wrong_logprobs(ids, logprobs):
@@ -72,10 +73,18 @@ def _wrong_logprobs(ids, logprobs):
 
 # %% ../nbs/33_remote.ipynb #ce99adcc
 def blocking(coroutine):
-    "What a coroutine returns; it may be called where an event loop runs already, as in a notebook: then it runs in a thread of its own."
+    "What a coroutine returns. Where an event loop runs already, as in a notebook, it runs in a thread of its own; an interrupt cancels it."
     try: asyncio.get_running_loop()
     except RuntimeError: return asyncio.run(coroutine)
-    with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, coroutine).result()
+    begun = Future()
+    async def noted():
+        begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        return await coroutine
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(asyncio.run, noted())
+        try: return found.result()
+        finally:   # interrupted: the thread is waited for, so what it does must end
+            if not found.done(): begun.result()[0].call_soon_threadsafe(begun.result()[1].cancel)
 
 # %% ../nbs/33_remote.ipynb #551ea6e0
 class RemoteRow(Row):
@@ -186,7 +195,9 @@ async def drive(
             if not done: row.fail("cancelled", EngineError(f"not finished within {seconds} s"))
     except Exception as cause: row.fail("error", cause)
     finally:
-        for task in tasks: task.cancel()
+        while left := [task for task in tasks if not task.done()]:   # once is not enough: wait_for swallows a cancel in Python 3.10 and 3.11
+            for task in left: task.cancel()
+            await asyncio.wait(left, timeout=1)
         await asyncio.gather(*tasks, return_exceptions=True)
     with row.working(): return row.finished()
 
@@ -196,15 +207,6 @@ def _check(config):
     if get_join(config.join) is get_join("kv"): raise ValueError("join 'kv' keeps keys and values, which requests cannot: choose concat or result")
     for name in ("hook", "fork_below"):
         if getattr(config, name) is not None: raise ValueError(f"{name} needs the logits or the load of every step: an engine does not give them")
-
-def _prompts(tokenizer, questions, chat):
-    "Ids of every question. Raises `ValueError` that names it by its number, from 0."
-    prompts = []
-    for number, question in enumerate(questions):
-        try: prompts.append(encode_prompt(tokenizer, question, chat))
-        except ValueError as error: raise ValueError(f"question {number}: {error}") from None
-        if not (question and prompts[-1]): raise ValueError(f"question {number} is empty")
-    return prompts
 
 # %% ../nbs/33_remote.ipynb #18b4de99
 async def _all(engine, rows, config, seconds, bar, stats) -> list:
@@ -247,7 +249,7 @@ def generate_remote(
     stops = tuple(dict.fromkeys([*stop_ids(None, tokenizer), *getattr(engine, "stops", ())]))
     window = min(n or math.inf for n in (config.window, engine.window))
     rows = [RemoteRow(i, question, ForkJoin(prompt, tokenizer, config.join, config.limits, config.mode, stops), seed, config, window)
-            for i, (question, prompt, seed) in enumerate(zip(questions, _prompts(tokenizer, questions, config.chat), seeds))]
+            for i, (question, prompt, seed) in enumerate(zip(questions, encode_prompts(tokenizer, questions, config.chat), seeds))]
     began, stats = time.perf_counter(), {} if stats is None else stats
     stats.update(requests=0, prompt_tokens=0)
     with tqdm(total=len(rows), desc=f"decoding, {config.mode}", disable=not progress, mininterval=0.5) as bar:

@@ -8,6 +8,7 @@ __all__ = ['PATCHING', 'GENERATE', 'needed', 'save_generate', 'save_policy', 'ca
            'Request', 'check_completion', 'generate_remote', 'serve_check']
 
 # %% ../nbs/36_serve.ipynb #23267316
+import copy
 import re
 import time
 import uuid
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 
 from . import model as policies
 from .batching import BatchingEngine
-from .client import CompletionsClient
+from .client import CompletionsClient, Refused
 from .decode import DecodeConfig, generate
 from .dialects import DIALECTS
 from .parallel import parallel_generate
@@ -68,11 +69,23 @@ def save_policy(
 
 # %% ../nbs/36_serve.ipynb #72f7a1cc
 @patch
-def load_adapter(self:CompletionsClient, name: str, folder):
-    "Load a LoRA adapter into every replica of vLLM, or load it again, and ask for it from now on. Raises `EngineError`."
-    body = {"lora_name": name, "lora_path": str(Path(folder).resolve()), "load_inplace": True}
-    for url in self.urls: self.ask("/v1/load_lora_adapter", body, url)
+def load_adapter(self:CompletionsClient, name: str, folder, inplace=True):
+    """Load a LoRA adapter into every replica of vLLM, and ask for it from now on. Raises `EngineError`.
+
+    In place: load it again where the name is known, and read its files anew at every request; otherwise a name stands for one version for ever."""
+    body = {"lora_name": name, "lora_path": str(Path(folder).resolve()), "load_inplace": inplace}
+    for url in self.urls:
+        try: self.ask("/v1/load_lora_adapter", body, url)
+        except Refused:   # it may be there: from a run before, or from an attempt whose answer was lost
+            if inplace or name not in self.models(url): raise
     self.model, self.salt = name, f"{name}-{uuid.uuid4().hex}"   # vLLM's prefix cache does not notice that the weights are new
+
+@patch
+def unload_adapter(self:CompletionsClient, name: str):
+    "Take a LoRA adapter away from every replica of vLLM; where there is none of that name, that is all right. Raises `EngineError`."
+    for url in self.urls:
+        try: self.ask("/v1/unload_lora_adapter", {"lora_name": name}, url)
+        except Refused: pass
 
 # %% ../nbs/36_serve.ipynb #c8f12d73
 def cache_hits(client) -> tuple:
@@ -99,7 +112,8 @@ def cost_row(
 
 def cost_rows(model, tokenizer, questions: list, client=None, config=DecodeConfig(batch=100)) -> tuple:
     "(rows, are all texts the same?): the local decoder, continuous batching, and the server of `client`, on the same questions."
-    engine, texts = BatchingEngine(model, tokenizer), []
+    engine, texts, client = BatchingEngine(model, tokenizer), [], copy.copy(client)
+    if client: client.salt = uuid.uuid4().hex   # what an earlier run has left in its cache is not found
     ways = {"local": lambda stats: generate(model, tokenizer, questions, config),
             "continuous batching": lambda stats: generate_remote(engine, tokenizer, questions, config, stats=stats)}
     if client: ways["server"] = lambda stats: generate_remote(client, tokenizer, questions, config, stats=stats)

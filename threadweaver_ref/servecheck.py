@@ -58,11 +58,22 @@ def _stops(client, prompt, stops, ids):
     return Finding(ok, "it stops at a token that is asked for, and gives it back" if ok else
                    f"asked to stop at {ids[at]}, it wrote {said.ids} instead of {ids[:at + 1]}")
 
+def _forced(client, prompt, ids, tag, stop):
+    "A `Completion` of one token that is a control token, if it can be."
+    return complete(client, Request(prompt, (ids[tag],) if stop else (ids["</Outlines>"],), 1), {ids[tag]: 100})
+
 def _control(client, prompt, ids, tag, stop):
     "Does a control token come back?"
-    said = complete(client, Request(prompt, (ids[tag],) if stop else (ids["</Outlines>"],), 1), {ids[tag]: 100})
+    said = _forced(client, prompt, ids, tag, stop)
     ok = said.ids == [ids[tag]]
     return Finding(ok, f"{tag} comes back{' as a stop token' if stop else ''}" if ok else f"{tag} was to be written, {said.ids} came back")
+
+def _whose(client, prompt, ids, written):
+    "Are log-probabilities the model's, or those of what is left after temperature and bias? A token that the model would not write tells."
+    tag = next(t for t in ("</Parallel>", "</Thread>") if ids[t] != written[0])
+    known = (_forced(client, prompt, ids, tag, False).logprobs or [0])[0]
+    if known < -.01: return Finding(True, "log-probabilities are the model's own, whatever the bias")
+    return Finding(None, "log-probabilities are not the model's own, but those after temperature and bias (vLLM: --logprobs-mode raw_logprobs)")
 
 def _bans(client, prompt, stops, ids):
     "Is a ban obeyed?"
@@ -87,15 +98,18 @@ def serve_check(
     "`Finding`s, in the order of the checks; the last one is the verdict. A server's mistakes are findings, never errors."
     found = []
     try:
-        client.learn()
+        asker = copy.copy(client)
+        asker.retries = 0   # what is wrong is said at once
+        asker.learn()
+        client._dialect, client._window = asker._dialect, asker._window
         window = f"at most {client.window} tokens a sequence" if client.window else "it does not say how long a sequence may be"
         found.append(Finding(True, f"{client.model!r} is served, {window}; asked by {client.dialect.path}"))
-        ids, prompt, stops = control_ids(tokenizer), encode_prompt(tokenizer, questions[0]), stop_ids(None, tokenizer)
-        found.append(_tokens(client, tokenizer, ids))
+        ids, prompt, stops = control_ids(tokenizer), encode_prompt(tokenizer, questions[0]), (*stop_ids(None, tokenizer), *client.stops)
+        found.append(_tokens(asker, tokenizer, ids))
         written, finding = _ids(client, prompt, stops)
         found += [finding, _stops(client, prompt, stops, written)]
         found += [_control(client, prompt, ids, "<Parallel>", False), _control(client, prompt, ids, "</Outlines>", True)]
-        found.append(_bans(client, prompt, stops, written))
+        found += [_whose(client, prompt, ids, written), _bans(client, prompt, stops, written)]
         if all(f.ok is not False for f in found): found.append(_forks(client, tokenizer, questions))
     except (EngineError, ValueError) as error: found.append(Finding(False, one_line(error)))
     return [*found, verdict(found)]

@@ -122,8 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 
     def do_GET(self):
-        found = self.server.stand_in.about(self.path)
-        self.send(404 if found is None else 200, found or {})
+        self.send(*self.server.stand_in.about(self.path))
 
     def do_POST(self):
         body, key = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server.stand_in.key
@@ -165,9 +164,10 @@ class StandIn:
         slow=3.0,              # seconds that a slow answer takes
         tokenize=None,         # f(text) -> ids, for a server that says how it cuts a text
         load=None,             # f(folder), called for an adapter that is loaded
+        pages=None,            # path -> (status, JSON or text): what GET answers there
     ):
         self.write, self.served, self.window, self.fault, self.port, self.key = write, [model], window, fault, port, key
-        self.slow, self.tokenize, self.load = slow, tokenize, load
+        self.slow, self.tokenize, self.load, self.pages = slow, tokenize, load, pages or {}
         self.paths, self.lock = {NAMES[d]: PATHS[NAMES[d]] for d in dialects}, threading.Lock()
         self.bodies, self.aborted, self.loaded, self.faults = [], [], [], []   # what was asked, ended, loaded, done wrong
 
@@ -188,11 +188,7 @@ class StandIn:
 def answer(self:StandIn, path, body) -> tuple:
     "(status, JSON, fault) for a request."
     if path.endswith("abort_requests"): return self.aborted.extend(body["request_ids"]) or (200, {}, None)
-    if path.endswith("load_lora_adapter"):
-        self.loaded.append(body)
-        self.served.append(body["lora_name"])
-        if self.load: self.load(body["lora_path"])
-        return 200, "Success: a text, as vLLM has it", None
+    if path.endswith("load_lora_adapter"): return self.adapt(body["lora_name"], body.get("lora_path"), body, "unload" in path)
     if path == "/tokenize": return (200, {"tokens": self.tokenize(body["prompt"])}, None) if self.tokenize else (404, {}, None)
     if path not in self.paths: return 404, {"error": {"message": "Not Found"}}, None
     with self.lock:
@@ -206,7 +202,22 @@ def answer(self:StandIn, path, body) -> tuple:
     return 200, CHANGES.get(fault, lambda answer: answer)(make(request, said)), fault
 
 @patch
-def about(self:StandIn, path) -> dict:
-    "What GET answers, or None."
+def adapt(self:StandIn, name, folder, body, unload) -> tuple:
+    "(status, answer, fault) where an adapter is loaded or taken away, as vLLM has it."
+    known = name in self.served
+    if unload:
+        if not known: return 404, {"error": {"message": f"The lora adapter '{name}' cannot be found."}}, None
+        self.served.remove(name)
+    else:
+        if known and not body["load_inplace"]: return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}, None
+        if not known: self.served.append(name)
+        self.loaded.append(body)
+        if self.load: self.load(folder)
+    return 200, "Success: a text", None
+
+@patch
+def about(self:StandIn, path) -> tuple:
+    "(status, JSON or text): what GET answers."
     models = [{"id": m, "max_model_len": self.window if m == self.served[0] else None, "parent": None} for m in self.served]
-    return {"/v1/models": {"data": models}, "/openapi.json": {"paths": {p: {} for p in self.paths}}, "/health": {}}.get(path)
+    known = {"/v1/models": {"data": models}, "/openapi.json": {"paths": {p: {} for p in self.paths}}, "/health": {}}
+    return self.pages.get(path) or ((200, known[path]) if path in known else (404, {}))

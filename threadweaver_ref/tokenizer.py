@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARRIED', 'LEFT', 'RIGHT', 'COLUMNS', 'ASIDE', 'char_tokenizer', 'add_control_tokens', 'untrained_rows',
-           'encode_text', 'encode_prompt', 'stop_ids', 'control_ids']
+           'encode_text', 'encode_prompt', 'encode_prompts', 'stop_ids', 'control_ids']
 
 # %% ../nbs/02_tokenizer.ipynb #4a3a87fb
 import re
@@ -163,6 +163,15 @@ def encode_prompt(
     if chat and not has_template: raise ValueError("chat=True, but the tokenizer has no chat template")
     if has_template and chat is not False: return _encode_turn(tokenizer, text)
     return _in_front(tokenizer) + _encode_plain(tokenizer, text)
+
+def encode_prompts(tokenizer, questions, chat=None) -> list:
+    "`encode_prompt` of every question. Raises `ValueError` that names one by its number, from 0; for one without tokens too."
+    prompts = []
+    for number, question in enumerate(questions):
+        try: prompts.append(encode_prompt(tokenizer, question, chat))
+        except ValueError as error: raise ValueError(f"question {number}: {error}") from None
+        if not (question and prompts[-1]): raise ValueError(f"question {number} is empty")
+    return prompts
 
 # %% ../nbs/02_tokenizer.ipynb #4ceca722
 def _turn_end(tokenizer):

@@ -45,7 +45,8 @@ def training_rows(rollout) -> list:
 class ForkJoinRolloutWorker:
     """Forked rollouts for TRL's `AsyncGRPOTrainer(rollout_worker=)` (TRL 1.16): one row a line of the tree, one advantage a rollout.
 
-    Raises `ValueError` for a temperature other than 1, since an engine's log-probabilities are those of the model itself."""
+    A step is written as a whole: one that takes longer than the trainer's `heartbeat_stale_after_s` looks as if it hung. Raises `ValueError`
+    for a temperature other than 1, since an engine's log-probabilities are those of the model itself, and for a share in sequential mode."""
     def __init__(
         self,
         write,       # f(questions, `DecodeConfig`, seeds, version of the weights) -> rollouts: such as `server_rollouts`
@@ -56,6 +57,7 @@ class ForkJoinRolloutWorker:
         ahead=64,    # rows that may wait in the queue
     ):
         if config.temperature != 1: raise ValueError(f"temperature={config.temperature}: must be 1, as the engine's log-probabilities are")
+        if config.sequential: raise ValueError(f"sequential={config.sequential}: must be 0, all rollouts of a step are in one mode")
         if not callable(problems): step_problems(problems, 0, config, None)   # refuse an empty list now
         self.write, self.tokenizer, self.problems, self.config, self.reward = write, tokenizer, problems, config, reward
         self.rollout_buffer, self.metrics_queue = queue.Queue(ahead), queue.Queue()
@@ -63,6 +65,7 @@ class ForkJoinRolloutWorker:
         self.stopping, self.thread = threading.Event(), None
 
     def start(self):
+        self.beat = time.time()
         self.thread = threading.Thread(target=self._run, name="fork-join-rollouts", daemon=True)
         self.thread.start()
 
@@ -79,20 +82,25 @@ class ForkJoinRolloutWorker:
 
 @patch
 def groups(self:ForkJoinRolloutWorker, step) -> list:
-    "(problem, rollouts, version) of every problem of a step. Raises `EngineError` for a rollout that failed."
-    config, version = self.config, self.version
+    """(problem, rollouts, version) of every problem of a step; nothing of one whose weights were exchanged and taken away meanwhile.
+
+    Raises `EngineError` for a rollout that failed, or without log-probabilities."""
+    config, version, self.beat = self.config, self.version, time.time()
     chosen = step_problems(self.problems, step, config, random.Random(f"{config.seed} prompts {step}"))
     decoding = DecodeConfig(config.mode, config.join, config.temperature, limits=config.limits, chat=config.chat)
     questions = [p.question for p in chosen for _ in range(config.group)]
     rollouts = self.write(questions, decoding, [(config.seed, step, i) for i in range(len(questions))], version)
-    for r in rollouts:
-        if r.finish_reason == "error": raise EngineError(f"a rollout failed, and is not trained on: {r.errors[-1]}")
+    failed = [r for r in rollouts if r.finish_reason == "error"]
+    if failed and self.version != version: return []   # dropped: TRL keeps an adapter for a few versions only
+    if failed: raise EngineError(f"a rollout failed, and is not trained on: {failed[0].errors[-1]}")
+    if any(r.logprobs.isnan().any() for r in rollouts): raise EngineError("the engine gave no log-probabilities of the model itself")
     return [(p, rollouts[i * config.group:(i + 1) * config.group], version) for i, p in enumerate(chosen)]
 
 @patch
 def samples(self:ForkJoinRolloutWorker, problem, rollouts, version, number) -> list:
     "TRL's `RolloutSample` for every row of a group."
-    from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+    try: from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+    except ImportError: raise ImportError("rows for TRL need TRL: pip install trl==1.16.0") from None
     rewards, found = [self.reward(r, problem) for r in rollouts], []
     for r, paid, advantage in zip(rollouts, rewards, group_advantages([rewards], self.config.normalize)[0].tolist()):
         said = [{"role": "user", "content": str(problem.question)}], [{"role": "assistant", "content": r.text}]
