@@ -100,9 +100,9 @@ def test_a_special_token_in_an_answer_is_said(name):
     bare, step = Problem("w?", "1", "yours"), Step("a", (), "a", f"x {tokenizer.eos_token} ")
     row = Row(1, bare, said)
     with pytest.raises(ValueError, match="behind a stop token"): training_items([row], tokenizer, share=0)
-    for row in (row, Row(1, Problem("w?", "1", "yours", [step], closing="\\boxed{1}")),
+    for bad in (row, Row(1, Problem("w?", "1", "yours", [step], closing="\\boxed{1}")),
                 Row(1, Problem("w?", "1", "yours", [Step("a", (), "a", "x")], closing=said)), Row(1, Problem("w?", tokenizer.eos_token, "yours"))):
-        assert token_faults(row, tokenizer) == fault
+        assert token_faults(bad, tokenizer) == fault
     forked = render(WheneverReady().arrange(Problem("w?", "1", "yours", [Step("a", (), "a", "A"), Step("b", (), "b", "B")], closing="\\boxed{1}")))
     assert token_faults(Row(1, bare, forked), tokenizer) == token_faults(Row(1, Problem(said, "1", "yours")), tokenizer) == []
 
