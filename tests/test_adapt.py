@@ -112,7 +112,7 @@ def test_rows_that_a_join_cannot_use(rows, tmp_path):
     assert not good and [str(f) for f in faults] == ["line 99: step 'a' has no result, which join 'result' hands back"]
     said = []
     with pytest.raises(ValueError, match="no row of the training split is left"):
-        adapt(Rows([bare]), tmp_path, Plan("mini", join="result"), on_faults=said.extend)
+        adapt(Rows([bare]), tmp_path, Plan("mini", join="result", sft_steps=1, rl_steps=0), on_faults=said.extend)
     assert said == faults
 
 
