@@ -55,7 +55,8 @@ def main():
     args = parser.parse_args()
     given = [" ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
              for name, value in vars(args).items() if name != "out" and value != parser.get_default(name)]
-    about = {**provenance(" ".join(["python tests/memory.py --out", public_path(args.out), *given]), public_path(args.out), 0), "vocabulary": args.vocabulary}
+    command = " ".join(["python tests/memory.py --out", public_path(args.out), *given])
+    about = {**provenance(command, public_path(args.out), 0), "vocabulary": args.vocabulary}
     rows = []
     for tokens in args.tokens:
         for way in ("whole", "chunks"):

@@ -493,7 +493,8 @@ def test_an_adapter_in_bf16_is_half_as_large(tmp_path, tied):
         wanted = before[n].bfloat16().float() if re.search("lora_|trainable_tokens_delta", n) else before[n]
         assert p.dtype == torch.float32 and torch.equal(p, wanted), n
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "half").eval()), logits(rounded))
-    with pytest.raises(ValueError, match="dtype is for adapters alone"): save_policy(rounded.get_base_model(), TOKENIZER, tmp_path / "x", torch.bfloat16)
+    with pytest.raises(ValueError, match="dtype is for adapters alone"):
+        save_policy(rounded.get_base_model(), TOKENIZER, tmp_path / "x", torch.bfloat16)
 
 
 def test_an_adapter_that_was_saved_with_its_embedding_loads_too(tmp_path):
