@@ -389,6 +389,16 @@ def test_mistakes_get_one_clear_line(run, data, tmp_path, args, said):
     assert code == 2 and not out and len(err.strip().splitlines()) == 1 and said in err
 
 
+def test_the_settings_of_train_reach_the_plan(run, data, monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr("threadweaver_ref.adapt.adapt", lambda rows, out, plan, **options: plans.append(plan) or (None, None, {}))
+    base = ("train", "--base", "m", "--data", data, "--out", tmp_path / "out")
+    assert run(*base)[0] == run(*base, "--gradient-checkpointing", "--join", "kv", "--lr", .1, "--twin", "--seed", 3)[0] == 0
+    assert plans == [Plan("m"), Plan("m", gradient_checkpointing=True, join="kv", lr=.1, twin=True, seed=3)]
+    code, out, err = run(*base, "--lr", 0)
+    assert code == 2 and not out and "lr=0.0: must be above 0" in err
+
+
 def test_a_stopped_training_says_where_it_goes_on(run, data, monkeypatch, tmp_path):
     def stop(*args, **options): raise KeyboardInterrupt
     monkeypatch.setattr("threadweaver_ref.adapt.adapt", stop)

@@ -114,18 +114,23 @@ def train(
 ):
     "Fine-tuning on arrangements drawn at random, self-training if you like, P-GRPO for time saved. Killed, the same command goes on."
     from threadweaver_ref.adapt import Plan, adapt
-    plan = Plan(base, sft_steps, selftrain, rl_steps, batch, rl_batch, lr, rl_lr, lora, join, twin, seed,
-                gradient_checkpointing=gradient_checkpointing)
+    more = {"gradient_checkpointing": gradient_checkpointing}
+    plan = Plan(base, sft_steps, selftrain, rl_steps, batch, rl_batch, lr, rl_lr, lora, join, twin, seed, **more)
     began, found = time.perf_counter(), _read(data)
     out.mkdir(parents=True, exist_ok=True)
     try: _, _, logs = adapt(found, out, plan, on_faults=lambda faults: _left_out(data, faults))
     except KeyboardInterrupt:
         typer.echo(f"stopped: the same command continues from the last checkpoint under {out}", err=True)
         raise typer.Exit(130) from None
+    for line in _last_steps(logs): typer.echo(line)
+    typer.echo(f"saved {out / 'twin' / 'policy' if twin else out / 'policy'} after {time.perf_counter() - began:.0f} s")
+
+
+def _last_steps(logs):
+    "The last step of every stage, a line each."
     for stage, log in logs.items():
         last = {k: round(log[-1][k], 4) for k in ("loss", "accuracy", "reward", "token_latency", "fork_rate") if k in log[-1]}
-        typer.echo(f"{stage}: {len(log)} steps; the last one: {', '.join(f'{k} {v}' for k, v in last.items())}")
-    typer.echo(f"saved {out / 'twin' / 'policy' if twin else out / 'policy'} after {time.perf_counter() - began:.0f} s")
+        yield f"{stage}: {len(log)} steps; the last one: {', '.join(f'{k} {v}' for k, v in last.items())}"
 
 
 @app.command(name="eval")
