@@ -53,8 +53,10 @@ def main():
     parser.add_argument("--whole", type=int, default=2048, help="the longest tree whose logits are made whole: each 1,024 tokens take some GB")
     parser.add_argument("--vocabulary", type=int, default=151_936)
     args = parser.parse_args()
-    longest = "" if args.whole == 2048 else f" --whole {args.whole}"
-    about = {**provenance(f"python tests/memory.py --out {public_path(args.out)}{longest}", public_path(args.out), 0), "vocabulary": args.vocabulary}
+    given = [" ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
+             for name, value in vars(args).items() if name != "out" and value != parser.get_default(name)]
+    command = " ".join(["python tests/memory.py --out", public_path(args.out), *given])
+    about = {**provenance(command, public_path(args.out), 0), "vocabulary": args.vocabulary}
     rows = []
     for tokens in args.tokens:
         for way in ("whole", "chunks"):

@@ -2,8 +2,11 @@
 import io
 import json
 import random
+import shutil
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -13,9 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from threadweaver_ref import adapt as adapting
 from threadweaver_ref import cli
 from threadweaver_ref.adapt import (Plan, adapt, answer_limits, evaluation_problems, export_policy, fine_tune, forget, measure, pgrpo_config,
-                                    sft_config, start, usable)
+                                    sft_config, start, trained_join, usable)
 from threadweaver_ref.domains import Problem, RandomForks, Sequential, Step, training_problem, write_rows
-from threadweaver_ref.model import load_policy
+from threadweaver_ref.format import render
+from threadweaver_ref.forkjoin import ForkJoin, Limits
+from threadweaver_ref.model import load_policy, save_policy
+from threadweaver_ref.replay import play
 from threadweaver_ref.tokenizer import char_tokenizer
 from threadweaver_ref.yourdata import Row, Rows, read_yours, row_data
 
@@ -33,7 +39,12 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().valu
 
 
 @pytest.mark.parametrize("wrong, said", [(dict(sft_steps=-1), "sft_steps=-1: must not be negative"), (dict(join="sum"), "sum"),
-                                         (dict(lora=-2), "lora=-2"), (dict(sft_steps=0, rl_steps=0), "nothing to do")])
+                                         (dict(lora=-2), "lora=-2"), (dict(sft_steps=0, rl_steps=0), "nothing to do"),
+                                         (dict(batch=0), "batch=0: must be at least 1"),
+                                         (dict(rl_batch=0), "rl_batch=0"), (dict(save_every=0), "save_every=0"),
+                                         (dict(lr=0.0), "lr=0.0: must be above 0"),
+                                         (dict(lr=-1.0), "lr=-1.0"), (dict(rl_lr=0.0), "rl_lr=0.0"), (dict(rl_lr=float("nan")), "rl_lr=nan"),
+                                         (dict(lr=float("inf")), "lr=inf: must be above 0 and finite")])
 def test_mistakes_in_a_plan(wrong, said):
     with pytest.raises(ValueError, match=said): Plan("mini-sft", **wrong)
 
@@ -74,11 +85,65 @@ def test_what_the_twin_is_told(rows):
 
 def test_limits_of_an_answer():
     steps = [Step("a", (), "a", "x" * 50), Step("b", (), "b", "y" * 40)]
-    forked = 2 + 2 * 5 + 1 + (3 + 50 + 1) + (3 + 40 + 1) + 1 + 9 + 1   # all tokens of the fork, the box and the end of sequence
+    needed = (2 + 2 * 5 + 1) + 3 * (50 + 1)   # the outlines; then equal shares for both threads and the line behind them
     row, tokenizer = Row(1, Problem("?", "1", "yours", steps, closing="\\boxed{1}")), char_tokenizer()
-    assert answer_limits([row], tokenizer).max_tokens == 32 + 3 * forked // 2
-    assert answer_limits([Row(1, Problem("?", "1", "yours"), "z" * 200)], tokenizer).max_tokens == 332
+    assert answer_limits([row], tokenizer).max_tokens == answer_limits([row], tokenizer).max_thread_tokens == 32 + 3 * needed // 2
+    forked = Row(1, Problem("?", "1", "yours"), render(RandomForks(1, whole=1).arrange(row.problem)))
+    assert answer_limits([forked], tokenizer) == answer_limits([row], tokenizer)
+    assert answer_limits([Row(1, Problem("?", "1", "yours"), "z" * 200)], tokenizer).max_tokens == 32 + 3 * 201 // 2
     assert answer_limits([Row(1, Problem("?", "1", "yours"))], tokenizer).max_tokens == 2048
+
+
+def test_a_fork_of_unequal_threads_fits_into_the_limits():
+    "The model writes what the row says; no thread is cut."
+    steps = [Step("a", (), "a", "x" * 400), Step("b", (), "b", "y" * 20)]
+    p, tokenizer = Problem("?", "1", "yours", steps, closing="\\boxed{1}"), char_tokenizer()
+    trajectory = RandomForks(1, whole=1).arrange(p)
+    machine = ForkJoin([5], tokenizer, limits=answer_limits([Row(1, p)], tokenizer))
+    for _, branch, ids in play(trajectory, [5], tokenizer): machine.feed(next(b for b in machine.ready if b.path == branch.path), ids)
+    assert machine.text == render(trajectory) and not machine.errors
+
+
+def test_rows_that_a_join_cannot_use(rows, tmp_path):
+    p = rows.rows[0].problem
+    bare = Row(99, Problem(p.question, "1", "yours", [Step("a", (), "a", "x"), Step("b", (), "b", "y", "z")], closing="\\boxed{1}"))
+    assert usable([bare], char_tokenizer())[0] == usable([bare])[0] == [bare]
+    good, faults = usable([bare], join="result")
+    assert not good and [str(f) for f in faults] == ["line 99: step 'a' has no result, which join 'result' hands back"]
+    said = []
+    with pytest.raises(ValueError, match="no row of the training split is left"):
+        adapt(Rows([bare]), tmp_path, Plan("mini", join="result", sft_steps=1, rl_steps=0), on_faults=said.extend)
+    assert said == faults
+
+
+def test_both_stages_recompute_on_request():
+    model, _ = start(Plan("mini"))
+    for on in (False, True):
+        plan = Plan("mini", gradient_checkpointing=on)
+        assert sft_config(plan, model).gradient_checkpointing is pgrpo_config(plan, Limits()).gradient_checkpointing is on
+
+
+def test_a_start_moves_to_the_device_before_it_decodes(rows, monkeypatch):
+    "What the references and the rollouts are decoded on: where the training will be."
+    class Elsewhere: device = torch.device("meta")
+    class Seen(Exception): pass
+    def look(model, *_, **__): raise Seen(next(model.parameters()).device.type)
+    monkeypatch.setattr(adapting, "Accelerator", Elsewhere)
+    for name, stage in (("kept_references", adapting.reinforce), ("digest", adapting.train_itself)):
+        monkeypatch.setattr(adapting, name, look)
+        with pytest.raises(Seen, match="meta"): stage(*start(Plan("mini")), rows.rows, Plan("mini", selftrain=1), "unused")
+
+
+def test_a_killed_self_training_goes_on_with_its_trees(rows, tmp_path, monkeypatch):
+    "Nothing is sampled again, so that the same rollouts are learned wherever it goes on."
+    plan = Plan("mini-sft", **{**LITTLE, "sft_steps": 1, "rl_steps": 0}, selftrain=4)
+    whole, _, logs = adapt(rows, tmp_path, plan)
+    shutil.rmtree(tmp_path / "runs" / "selftrain")   # as if it had been killed before its first checkpoint
+    def refuse(*args, **options): raise AssertionError("sampled again")
+    monkeypatch.setattr(adapting, "sample_kept", refuse)
+    again, _, more = adapt(rows, tmp_path, plan)
+    assert same(whole, again) and more["selftrain"][0]["loss"] == logs["selftrain"][0]["loss"]
+    with pytest.raises(AssertionError): adapt(rows, tmp_path, replace(plan, selftrain=5))
 
 
 def test_rows_that_a_model_cannot_take(rows):
@@ -141,6 +206,8 @@ def test_what_is_evaluated():
     rows = Rows([Row(1, replace(wide, question=dev[0]))])
     assert evaluation_problems(rows)[0].steps == () and evaluation_problems(rows)[0].answer == "1"
     with pytest.raises(ValueError, match="no row belongs to the test split"): evaluation_problems(rows, "test")
+    steps, text = Row(1, Problem(dev[0], "1", "yours", wide.steps[:2], closing="\\boxed{1}")), Row(2, Problem(dev[0], "1", "yours"), "\\boxed{1}")
+    assert evaluation_problems(Rows([steps, text])) == evaluation_problems(Rows([text, steps])) == [steps.problem]
 
 
 def test_the_twin_is_what_the_others_are_compared_with(rows):
@@ -149,6 +216,30 @@ def test_the_twin_is_what_the_others_are_compared_with(rows):
     reports = measure("mini-sft", problems, "mini-sft", longest=300)
     assert [*reports] == ["twin", "sequential", "parallel"] and all(len(r.rows) == 3 for r in reports.values())
     assert all(r["forks"] == 0 for name in ("twin", "sequential") for r in reports[name].rows)
+
+
+def test_limits_of_an_evaluation(rows):
+    problems = [r.problem for r in rows.rows[:1]]
+    found = [measure("mini-sft", problems, longest=n)["parallel"].about["settings"]["limits"] for n in (None, 50, 3000)]
+    wanted = answer_limits(rows.rows[:1], char_tokenizer()).max_tokens
+    assert all(f"max_tokens={n}, max_thread_tokens={n}" in f for f, n in zip(found, (wanted, 50, 3000)))
+
+
+def test_the_join_that_a_policy_was_trained_with(tmp_path):
+    assert trained_join("Qwen/Qwen3-0.6B") == trained_join(tmp_path) == "concat"
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "plan.json").write_text(json.dumps({"join": "kv"}))
+    assert trained_join(tmp_path) == trained_join(str(tmp_path / "policy")) == "kv" and trained_join(tmp_path / "other") == "concat"
+
+
+def test_an_export_never_replaces_the_policy(rows, tmp_path):
+    plain, lora = tmp_path / "policy", tmp_path / "lora"
+    save_policy(*load_policy("mini-sft", device="cpu"), plain)
+    weights = (plain / "model.safetensors").read_bytes()
+    save_policy(adapting.add_adapters(load_policy(plain, device="cpu")[0], Plan(str(plain))), char_tokenizer(), lora)
+    for policy, folder in ((plain, lora / ".." / "policy"), (lora, lora), (lora, plain)):   # the last one is the base
+        with pytest.raises(ValueError, match="the policy itself lies there"): export_policy(policy, folder, "bfloat16")
+    assert (plain / "model.safetensors").read_bytes() == weights and not (lora / "config.json").exists()
 
 
 def test_forgetting_twice_does_no_harm():
@@ -190,15 +281,64 @@ def test_check(run, data):
     with data.open("a", encoding="utf-8") as f: f.write('\n{"question": "Schön?", "answer": "1"}')
     code, out, _ = run("check", data, "--base", "mini-sft")
     assert code == 1 and f"{data}, line 13: the tokenizer does not know 'ö'" in out and "12 good, 1 left out" in out
+    data.write_text(json.dumps({"question": "?", "answer": "1", "steps": [{"name": n, "work": "x", "outline": n} for n in "ab"]}))
+    code, out, _ = run("check", data, "--join", "result")
+    assert code == 1 and f"{data}, line 1: step 'b' has no result" in out and run("check", data)[0] == 0
 
 
 def test_rewrite(run, tmp_path):
     text = "3*4=12 for Ann. 5*7=35 for Bob. 12+35=47. \\boxed{47}"
     said = {"question": "Ann buys 3 pens for 4, Bob 5 for 7. Together?", "answer": "47", "text": text}
     write_rows(tmp_path / "a.jsonl", [said, {"question": "?", "answer": "b", "text": "Well. \\boxed{b}"}, {"question": "b"}])
-    code, out, err = run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl")
+    before = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    for same_file in (tmp_path / "a.jsonl", tmp_path / "link.jsonl"):
+        code, out, err = run("rewrite", tmp_path / "a.jsonl", "--out", same_file)
+        assert code == 2 and not out and "is the file itself" in err and (tmp_path / "a.jsonl").read_bytes() == before
+    code, out, err = run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "new" / "b.jsonl")
     assert code == 0 and "2 rows, 1 of them rewritten" in out and "line 2: stays as it is: no piece" in err and "line 3: no answer" in err
-    assert [r.kind for r in read_yours(tmp_path / "b.jsonl").rows] == ["steps", "text"]
+    assert [r.kind for r in read_yours(tmp_path / "new" / "b.jsonl").rows] == ["steps", "text"]
+
+
+@pytest.fixture
+def scripted():
+    "A server that gives replies in turn, each (status, text of the model): (address, replies to be filled, requests)."
+    replies, asked = [], []
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            status, said = replies.pop(0)
+            body = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", replies, asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_rewrite_by_a_model_behind_a_server(run, scripted, tmp_path):
+    "It answers the first row with nonsense, then well; the second not at all; the third well. No row is lost."
+    url, replies, asked = scripted
+    texts = ["Ann: 3*4=12. Bob: 5*7=35. \\boxed{47}", "3+4=7. 7+5=12. \\boxed{12}", "1+1=2. 2+2=4. \\boxed{4}"]
+    write_rows(tmp_path / "a.jsonl", [{"question": f"{i}?", "answer": a, "text": t} for i, (a, t) in enumerate(zip(("47", "12", "4"), texts))])
+    good = '[{"pieces": [1], "needs": [], "outline": "pens"}, {"pieces": [2], "needs": [], "outline": "books"}]'
+    replies += [(200, "No."), (200, f"<think>[1] and [2]?</think> {good} as [asked]."), (500, "broken"), (200, good)]
+    code, out, err = run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl", "--url", f"{url}/v1", "--model", "m")
+    assert code == 0 and "3 rows, 2 of them rewritten" in out and not replies
+    assert err.strip().startswith(f"{tmp_path / 'a.jsonl'}, line 2: stays as it is: ") and "status 500" in err and len(err.strip().splitlines()) == 1
+    found = read_yours(tmp_path / "b.jsonl").rows
+    assert [r.kind for r in found] == ["steps", "text", "steps"] and [s.outline for s in found[0].problem.steps] == ["pens", "books"]
+    path, body = asked[1]
+    assert path == "/v1/chat/completions" and body["model"] == "m" and body["temperature"] == 0
+    assert "could not be used: it holds no JSON list" in body["messages"][0]["content"] and body["messages"][0]["role"] == "user"
+    code, out, err = run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "c.jsonl", "--url", url)
+    assert code == 2 and "--url and --model go together" in err
 
 
 def test_train_eval_export(run, data, tmp_path):
@@ -207,17 +347,31 @@ def test_train_eval_export(run, data, tmp_path):
     code, out, err = run(*common)
     assert code == 0 and "line 14: no answer" in err and "sft: 1 steps; the last one: loss" in out
     assert f"saved {tmp_path / 'run' / 'policy'} after" in out
-    code, out, err = run("eval", "--policy", tmp_path / "run", "--data", data, "--longest", 200, "--out", tmp_path / "results")
+    (tmp_path / "run" / "plan.json").write_text(json.dumps({"join": "kv"}))   # as if it had been trained so
+    code, out, err = run("eval", "--policy", tmp_path / "run", "--data", data, "--problems", 1, "--out", tmp_path / "other")
+    assert code == 0 and "no twin to compare with: train one with --twin, into run/twin" in err
+    about = json.loads((tmp_path / "other" / "parallel.jsonl").read_text().splitlines()[0])
+    longest = answer_limits(read_yours(data).rows, char_tokenizer()).max_tokens
+    assert about["settings"]["join"] == "kv" and about["command"].endswith(f"--join kv --longest {longest}")
+    code, out, err = run("eval", "--policy", tmp_path / "run", "--data", data, "--longest", 200, "--join", "concat", "--out", tmp_path / "results")
     assert code == 0 and "no twin to compare with" in err and "speedup over sequential" in out
     code, out, _ = run(*common, "--twin")
     assert code == 0 and f"saved {tmp_path / 'run' / 'twin' / 'policy'} after" in out
-    code, out, err = run("eval", "--policy", tmp_path / "run", "--data", data, "--longest", 200, "--out", tmp_path / "results")
+    code, out, err = run("eval", "--policy", tmp_path / "run", "--data", data, "--longest", 200, "--join", "concat", "--out", tmp_path / "results")
     assert code == 0 and "speedup over twin" in out and "no twin" not in err
     about = json.loads((tmp_path / "results" / "twin.jsonl").read_text().splitlines()[0])
     assert about["command"] == "threadweaver-ref adapt eval --policy run --data yours.jsonl --split dev --batch 64 --join concat --longest 200"
     assert str(tmp_path) not in json.dumps(about)
     code, out, _ = run("export", "--policy", tmp_path / "run", "--out", tmp_path / "exported")
     assert code == 0 and (tmp_path / "exported" / "model.safetensors").is_file() and "log-probabilities differ by at most" in out
+
+
+def test_what_a_policy_cannot_take_is_not_counted_as_wrong(run, data):
+    dev = [q for q in (f"Schön {i}?" for i in range(99)) if Row(1, Problem(q, "3", "yours")).split == "dev"]
+    with data.open("a", encoding="utf-8") as f: f.write(json.dumps({"question": dev[0], "answer": "1"}) + "\n")
+    code, out, err = run("eval", "--policy", "mini-sft", "--data", data, "--longest", 100)
+    assert code == 0 and f"{data}, line 15: the tokenizer does not know 'ö'" in err and "no twin to compare with: give one with --twin" in err
+    assert "speedup over sequential" in out
 
 
 @pytest.mark.parametrize("args, said", [
@@ -233,6 +387,16 @@ def test_mistakes_get_one_clear_line(run, data, tmp_path, args, said):
     data.write_bytes(b"\n".join(data.read_bytes().split(b"\n")[:13]))   # without the spoiled row
     code, out, err = run(*[{"DATA": data, "OUT": tmp_path / "out"}.get(a, a) for a in args])
     assert code == 2 and not out and len(err.strip().splitlines()) == 1 and said in err
+
+
+def test_the_settings_of_train_reach_the_plan(run, data, monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr("threadweaver_ref.adapt.adapt", lambda rows, out, plan, **options: plans.append(plan) or (None, None, {}))
+    base = ("train", "--base", "m", "--data", data, "--out", tmp_path / "out")
+    assert run(*base)[0] == run(*base, "--gradient-checkpointing", "--join", "kv", "--lr", .1, "--twin", "--seed", 3)[0] == 0
+    assert plans == [Plan("m"), Plan("m", gradient_checkpointing=True, join="kv", lr=.1, twin=True, seed=3)]
+    code, out, err = run(*base, "--lr", 0)
+    assert code == 2 and not out and "lr=0.0: must be above 0" in err
 
 
 def test_a_stopped_training_says_where_it_goes_on(run, data, monkeypatch, tmp_path):

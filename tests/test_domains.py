@@ -491,6 +491,7 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 
 def test_rows_and_blank_lines(tmp_path):
     write_rows(tmp_path / "r.jsonl", [{"a": 1}, [2]])
+    assert (tmp_path / "r.jsonl").read_bytes() == b'{"a": 1}\n[2]\n'
     (tmp_path / "r.jsonl").write_text((tmp_path / "r.jsonl").read_text() + "\n\n")
     assert read_rows(tmp_path / "r.jsonl") == [{"a": 1}, [2]]
     with pytest.raises(FileNotFoundError): read_rows(tmp_path / "none.jsonl")

@@ -99,6 +99,7 @@ def test_no_registry(cache, monkeypatch):
 
 def test_gguf_is_an_extra(cache, wheel, monkeypatch):
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub, "fetch_gguf", None)   # it is said before anything is fetched
     assert refused(wheel=wheel) == 'reading GGUF weights needs the package gguf: pip install "threadweaver_ref[gguf]"'
 
 

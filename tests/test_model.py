@@ -475,6 +475,28 @@ def mixed_logits(model, tokenizer):
     return model(input_ids=torch.tensor([[3, 4, *control_ids(tokenizer).values(), 5, 6, 7]])).logits
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_in_bf16_is_half_as_large(tmp_path, tied):
+    "In the file its numbers are bf16; the model that is saved keeps its own, and what is loaded is float32, rounded. peft reads it too."
+    save_policy(tiny("Llama", TOKENIZER, tie_word_embeddings=tied), TOKENIZER, tmp_path / "base")
+    lora = add_lora(load_policy(tmp_path / "base", device="cpu")[0], r=4, train_tokens=list(control_ids(TOKENIZER).values()))
+    for p in lora.parameters():
+        if p.requires_grad: p.data += .1 * torch.randn_like(p)
+    before = {n: p.clone() for n, p in lora.named_parameters()}
+    for name, dtype in (("whole", None), ("half", torch.bfloat16)): save_policy(lora, TOKENIZER, tmp_path / name, dtype)
+    whole, half = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "half"))
+    assert whole.keys() == half.keys() and all(torch.equal(half[k], whole[k].bfloat16()) for k in whole)
+    assert any("trainable_tokens" in k for k in half) and any("lora_A" in k for k in half)
+    assert all(torch.equal(p, before[n]) and p.dtype == torch.float32 for n, p in lora.named_parameters())
+    rounded = load_policy(tmp_path / "half", device="cpu")[0]
+    for n, p in rounded.named_parameters():
+        wanted = before[n].bfloat16().float() if re.search("lora_|trainable_tokens_delta", n) else before[n]
+        assert p.dtype == torch.float32 and torch.equal(p, wanted), n
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "half").eval()), logits(rounded))
+    with pytest.raises(ValueError, match="dtype is for adapters alone"):
+        save_policy(rounded.get_base_model(), TOKENIZER, tmp_path / "x", torch.bfloat16)
+
+
 def test_an_adapter_that_was_saved_with_its_embedding_loads_too(tmp_path):
     base = Stranger(tmp_path / "base", True)
     lora = add_lora(base.load()[0], r=4)

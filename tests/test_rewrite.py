@@ -21,15 +21,17 @@ def sequential(row): return render(Sequential().arrange(problem_of(row)))
 
 @pytest.mark.parametrize("trace, pieces", [
     ("a. b; c", ["a. ", "b; ", "c"]), ("a 1.5 b.\nc\n\nd", ["a 1.5 b.\n", "c\n\n", "d"]), ("one", ["one"]), ("  a! b? ", ["  a! ", "b? "]),
-    ("one. two. \n", ["one. ", "two. \n"])])
+    ("one. two. \n", ["one. ", "two. \n"]), ("One is 1.  Two is 2.", ["One is 1.  ", "Two is 2."]), ("a\r\n\r\nb\r\n", ["a\r\n\r\n", "b\r\n"]),
+    ("a\n  \n  b", ["a\n  \n", "  b"]), ("1. Ann 3*4=12. 2. Bob 5*7=35.", ["1. Ann 3*4=12. ", "2. Bob 5*7=35."]), (" \n", [" \n"])])
 def test_pieces(trace, pieces): assert cut(trace) == pieces
 
 
 def test_pieces_joined_are_the_trace():
     for seed in range(300):
         rng = random.Random(seed)
-        trace = "".join(rng.choice(["a", "b1", ". ", "; ", "\n", " ", "!", "? ", "=3"]) for _ in range(rng.randint(1, 30)))
+        trace = "".join(rng.choice(["a", "b1", ". ", "; ", "\n", "\r\n", " ", "!", "? ", "=3", "2. "]) for _ in range(rng.randint(1, 30)))
         assert "".join(cut(trace)) == trace and "" not in cut(trace)
+        assert all(piece.strip() for piece in cut(trace)[1:])   # blank lines in front of everything are the opening's
 
 
 @pytest.mark.parametrize("question, pieces, needs", [
@@ -62,6 +64,7 @@ def test_a_trace_by_rules():
     made = rewrite(ROW)
     assert row_faults(made) == [] and sequential(made) == TRACE and made["family"] == "bills" and "text" not in made
     assert [s["needs"] for s in made["steps"]] == [[], [], ["s1", "s2"]] and made["closing"] == "\\boxed{13}"
+    assert made["steps"][0]["work"] == "" and made["steps"][0]["result"] == "Ann buys 3 pens for 4 each: 3*4=12. "   # one piece: all of it goes back
     assert made["steps"][2]["work"] == "Together they pay 12+35=47. " and made["steps"][2]["result"] == "They have 60, so 60-47=13 is left. "
     first = WheneverReady().arrange(problem_of(made))[0]
     assert isinstance(first, Fork) and first.outlines == ["Ann buys 3 pens for 4 each", "Bob buys 5 books for 7 each"]
@@ -112,12 +115,15 @@ def test_a_useless_reply_is_answered_with_what_was_wrong():
     asked, replies = [], ["No.", GROUPS]
     made = rewrite_with(lambda prompt: asked.append(prompt) or replies[len(asked) - 1], ROW)
     assert len(made["steps"]) == 3 and asked[0] == prompt_for(QUESTION, cut(TRACE)[:-1]) and asked[1] == asked[0] + (
-        "\nYour last reply could not be used: it holds no JSON list. Reply with JSON alone.\n")
-    with pytest.raises(ValueError, match="^no useful reply in 3 tries: it holds no JSON list$"): rewrite_with(lambda prompt: "No.", ROW, tries=3)
+        "\nYour last reply could not be used: it holds no JSON list of steps. Reply with JSON alone.\n")
+    with pytest.raises(ValueError, match="^no useful reply in 3 tries: it holds no JSON list of steps$"):
+        rewrite_with(lambda prompt: "No.", ROW, tries=3)
 
 
 @pytest.mark.parametrize("reply, said", [
-    ("", "no JSON list"), ("[1]", "lacks pieces"), ('[{"pieces": [1, 2], "needs": []}]', "lacks pieces"), ("[" * 99_999 + "]", "no JSON list"),
+    ("", "no JSON list"), ("[1]", "no JSON list"), ("[]", "no JSON list"), ('[{"pieces": 1}', "no JSON list"),
+    ("[{}, 7]", "lacks pieces"), ('[{"pieces": [1, 2], "needs": []}]', "lacks pieces"), ("[" * 99_999 + "]", "no JSON list"),
+    ('[{"a": ' + "[" * 99_999, "no JSON list"),
     ('[{"pieces": [1], "needs": [], "outline": "a"}]', "the pieces are not 1 to 2"),
     ('[{"pieces": [2, 1], "needs": [], "outline": "a"}]', "not 1 to 2"),
     ('[{"pieces": [1, 2], "needs": [1], "outline": "a"}]', "step 1 needs a step that is not before it"),
@@ -128,6 +134,22 @@ def test_a_useless_reply_is_answered_with_what_was_wrong():
     ('[{"pieces": [], "needs": [], "outline": "a"}, {"pieces": [1, 2], "needs": [], "outline": "a"}]', "step 1 has no pieces")])
 def test_useless_replies(reply, said):
     with pytest.raises(ValueError, match=said): read_groups(reply, 2)
+
+
+@pytest.mark.parametrize("reply", [f"<think>Pieces [1] and [2], or [{{ }}]?</think>\n{GROUPS}", f"<think>{GROUPS}</think>{GROUPS}",
+                                   f"Groups [as you asked]: {GROUPS} I hope [1] fits."])
+def test_text_around_a_reply_does_no_harm(reply):
+    assert read_groups(reply, 4) == read_groups(GROUPS, 4)
+
+
+def test_whatever_a_client_raises_costs_one_row():
+    raised = [OSError("no route\nto host"), KeyError("choices"), TimeoutError()]
+    def ask(prompt):
+        if raised: raise raised.pop(0)
+        return GROUPS
+    made, faults = rewrite_rows([ROW] * 4, ask)
+    assert made == [ROW] * 3 + [rewrite_with(lambda prompt: GROUPS, ROW)]
+    assert faults == [(1, "no route to host"), (2, "'choices'"), (3, "TimeoutError")]
 
 
 def test_a_tag_in_an_outline_is_no_outline():

@@ -3,14 +3,15 @@ import random
 
 import pytest
 import torch
-from smollm2 import smollm2
+from peft import AutoPeftModelForCausalLM
+from smollm2 import adapted, smollm2
 from test_decode import Script, block, check_against_plain_loop, clean_plan, random_plan, replayed, same, same_logprobs
 from test_scoring import check_packed, check_siblings
 
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.domains import Grouped, WheneverReady
 from threadweaver_ref.forkjoin import Limits
-from threadweaver_ref.hub import SMOLLM2
+from threadweaver_ref.hub import SMOLLM2, at_hand
 from threadweaver_ref.model import add_lora, decoding_copy, load_policy, save_policy
 from threadweaver_ref.format import CONTROL_TOKENS
 from threadweaver_ref.sft import concluding
@@ -70,12 +71,8 @@ def test_sequential_greedy_text_is_that_of_transformers(policy):
 
 
 def test_an_adapter_on_new_tokens_takes_20_mb(policy, tmp_path):
-    model, tokenizer = load_policy(smollm2(), device="cpu")
-    lora = add_lora(model)
+    lora, tokenizer = adapted()
     assert lora.peft_config["default"].trainable_token_indices == {"model.embed_tokens": list(control_ids(tokenizer).values())}
-    torch.manual_seed(0)
-    for p in lora.parameters():
-        if p.requires_grad: p.data += .01 * torch.randn_like(p)
     save_policy(lora, tokenizer, tmp_path)
     trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
@@ -86,6 +83,24 @@ def test_an_adapter_on_new_tokens_takes_20_mb(policy, tmp_path):
         assert torch.equal(load_policy(tmp_path, device="cpu")[0](input_ids=ids).logits, wanted)
         assert (policy[0](input_ids=ids).logits - wanted).abs().max() > 1
         torch.testing.assert_close(decoding_copy(lora)(input_ids=ids).logits, wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_peft_alone_loads_and_merges_an_adapter(policy, tmp_path):
+    "`AutoPeftModelForCausalLM`, without this package: log-probabilities to 1e-4, as an adapter and merged; in bf16 the file has at most 10 MB."
+    lora, tokenizer = adapted()
+    ids = torch.tensor([[*chat_ids(tokenizer, "Name three fruits."), *control_ids(tokenizer).values(), *encode_text(tokenizer, "Apples.")]])
+    with torch.no_grad(): wanted = lora(input_ids=ids).logits.log_softmax(-1)
+    save_policy(lora, tokenizer, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace(SMOLLM2, at_hand(SMOLLM2)))   # where the hub is out of reach: its stand-in
+    alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(alone(input_ids=ids).logits.log_softmax(-1), wanted, atol=1e-4, rtol=0)
+        merged = alone.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits.log_softmax(-1), wanted, atol=1e-4, rtol=0)
+        assert (policy[0](input_ids=ids).logits.log_softmax(-1) - wanted).abs().max() > 1 and type(merged) is type(policy[0])
+    save_policy(lora, tokenizer, tmp_path / "half", torch.bfloat16)
+    assert (tmp_path / "half" / "adapter_model.safetensors").stat().st_size < 10e6
 
 
 # ---- what must hold, always: DESIGN's numbers

@@ -3,13 +3,15 @@ import itertools
 import random
 
 import pytest
-from helpers import TOKENIZERS
+from helpers import TOKENIZERS, random_forks
 
 from threadweaver_ref.course import random_problem
 from threadweaver_ref.domains import Problem, Sequential, Step, WheneverReady, char_length
 from threadweaver_ref.format import CONTROL_TOKENS, parse, render, token_counts
-from threadweaver_ref.replay import replay
-from threadweaver_ref.survey import could_fork, few_orders, survey, token_faults, training_items, without_forks
+from threadweaver_ref.forkjoin import ForkJoin, Limits
+from threadweaver_ref.replay import play, replay
+from threadweaver_ref.report import text_length
+from threadweaver_ref.survey import could_fork, few_orders, join_faults, least_budget, survey, token_faults, training_items, without_forks
 from threadweaver_ref.tokenizer import encode_prompt
 from threadweaver_ref.yourdata import Row
 
@@ -87,3 +89,65 @@ def test_what_a_tokenizer_and_a_window_cannot_take():
     plain = Row(1, Problem("w?", "1", "yours"), "x" * 20 + "\\boxed{1}")
     assert token_faults(plain, char, window=2 + 29 + 1) == []
     assert "32 tokens with its answer, more than the 31" in token_faults(plain, char, window=31)[0]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_special_token_in_an_answer_is_said(name):
+    "In `replay` it would end the text in the middle, and with it the training."
+    tokenizer = TOKENIZERS[name]()
+    said = f"a {tokenizer.eos_token} b \\boxed{{1}}"
+    fault = [f"its answer holds {tokenizer.eos_token}, which this tokenizer reads as a special token"]
+    bare, step = Problem("w?", "1", "yours"), Step("a", (), "a", f"x {tokenizer.eos_token} ")
+    row = Row(1, bare, said)
+    with pytest.raises(ValueError, match="behind a stop token"): training_items([row], tokenizer, share=0)
+    for bad in (row, Row(1, Problem("w?", "1", "yours", [step], closing="\\boxed{1}")),
+                Row(1, Problem("w?", "1", "yours", [Step("a", (), "a", "x")], closing=said)), Row(1, Problem("w?", tokenizer.eos_token, "yours"))):
+        assert token_faults(bad, tokenizer) == fault
+    forked = render(WheneverReady().arrange(Problem("w?", "1", "yours", [Step("a", (), "a", "A"), Step("b", (), "b", "B")], closing="\\boxed{1}")))
+    assert token_faults(Row(1, bare, forked), tokenizer) == token_faults(Row(1, Problem(said, "1", "yours")), tokenizer) == []
+
+
+def test_a_special_token_that_no_list_names():
+    "As the end of a turn in Llama 3: special, and neither the end of sequence nor one of the further ones."
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["bpe"]().backend_tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|turn|>", special=True)])
+    assert "<|turn|>" not in tokenizer.all_special_tokens
+    assert "<|turn|>, which" in token_faults(Row(1, Problem("w?", "1", "yours"), "<|turn|>\\boxed{1}"), tokenizer)[0]
+
+
+def test_a_join_that_hands_back_results_wants_them():
+    a, b, c = Step("a", (), "a", "A: 12; "), Step("b", (), "b", "B: 34; ", "5. "), Step("c", ("a", "b"), "c", "C. ")
+    row = Row(1, Problem("w?", "1", "yours", [a, b, c], closing="\\boxed{1}"))
+    assert join_faults(row) == join_faults(row, "kv") == []
+    assert join_faults(row, "result") == [f"step {n!r} has no result, which join 'result' hands back" for n in "ac"]
+    assert join_faults(Row(1, Problem("w?", "1", "yours", [a, Step("b", ("a",), "b", "B")], closing="\\boxed{1}")), "result") == []   # it never forks
+    text = render(WheneverReady(conclude=True).arrange(Problem("w?", "1", "yours", [b, Step("d", (), "d", "D", " ")], closing="\\boxed{1}")))
+    assert join_faults(Row(1, Problem("w?", "1", "yours"), text), "result") == ["thread 2 of fork 1 has no result, which join 'result' hands back"]
+    assert join_faults(Row(1, Problem("w?", "1", "yours"), "\\boxed{1}"), "result") == []
+
+
+def driven(trajectory, tokenizer, budget):
+    "The text that comes out where the machine, with a budget, is fed what a trajectory says."
+    machine = ForkJoin([1], tokenizer, limits=Limits(100, 100, 100, budget, budget))
+    for _, branch, ids in play(trajectory, [1], tokenizer):
+        mine = next(b for b in machine.ready if b.path == branch.path)
+        machine.feed(mine, ids)
+    return machine.text if machine.finish_reason == "stop" and not machine.errors else None
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_least_budget_is_the_least(name):
+    tokenizer = TOKENIZERS[name]()
+    length, deep = text_length(tokenizer), 0
+    trajectories = [random_forks(random.Random(seed)) for seed in range(40)] + [WheneverReady().arrange(p) for p in PROBLEMS[:20] if p.steps]
+    for trajectory in trajectories:
+        written, least = least_budget(trajectory, length)
+        machine_writes = replay(trajectory, [1], tokenizer)
+        assert written == sum(len(ids) for ids, sampled in zip(machine_writes.ids, machine_writes.sampled) if sampled)
+        assert driven(trajectory, tokenizer, least) == render(trajectory)
+        try: assert driven(trajectory, tokenizer, least - 1) is None
+        except ValueError as error: assert "more than the budget" in str(error)
+        deep += least > written
+    assert deep > 30

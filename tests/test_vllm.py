@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from smollm2 import adapted
 
 from threadweaver_ref.client import CompletionsClient
 from threadweaver_ref.decode import DecodeConfig, generate
@@ -18,7 +19,7 @@ from threadweaver_ref.dialects import DIALECTS
 from threadweaver_ref.domains import split_problems
 from threadweaver_ref.engine_rl import EngineRollouts
 from threadweaver_ref.forkjoin import Limits
-from threadweaver_ref.model import add_lora, decoding_copy, load_policy, shipped_policies
+from threadweaver_ref.model import add_lora, decoding_copy, load_policy, merge_lora, shipped_policies
 from threadweaver_ref.pgrpo import PGRPOConfig, train_pgrpo
 from threadweaver_ref.programs import mixture
 from threadweaver_ref.scoring import collate, tree_logprobs
@@ -138,6 +139,19 @@ def test_training_through_the_engine(venv, tmp_path, capsys):
     with capsys.disabled():
         for row in log: print("", *(f"{k} {row[k]:.6g}" for k in ("accuracy", "fork_rate", "used", "ratio_mean", "ratio_spread", "ratio_off")))
     assert any(row["used"] for row in log) and all(row["ratio_off"] < 1e-3 for row in log)
+
+
+def test_smollm2_merged(venv, tmp_path):
+    "A pretrained model with a small random adapter and the control tokens: word problems in its chat template, the first tokens of each."
+    lora, tokenizer = adapted(size=.003)
+    model = merge_lora(lora)
+    save_policy(model, tokenizer, tmp_path / "policy")
+    questions = [p.question for some in split_problems("words", "dev", 17).values() for p in some][:50]
+    config = DecodeConfig(batch=50, limits=Limits(max_tokens=24))
+    local = generate(model, tokenizer, questions, config)
+    with serving(venv, tmp_path / "policy", "smollm2", tmp_path / "log") as url:
+        remote = generate_remote(CompletionsClient(url, "smollm2"), tokenizer, questions, config)
+    assert len(questions) == 50 and same(remote, local) == 50 and scored(model, remote[:10])
 
 
 def test_an_adapter_is_loaded_again_in_place(venv, tmp_path):

@@ -98,6 +98,22 @@ def test_lines_of_windows_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path)
     assert found.notes == ["Windows line ends, which do no harm, from line 3 on"]
 
 
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_said_once(codec, tmp_path):
+    mark = "" if codec == "utf-16" else "\ufeff"
+    (tmp_path / "yours.jsonl").write_bytes((mark + '{"question": "?", "answer": "b"}\r\n' * 3).encode(codec))
+    with pytest.raises(ValueError, match="yours.jsonl is UTF-16: save it as UTF-8$"): read_yours(tmp_path / "yours.jsonl")
+
+
+def test_a_domain_that_nobody_registered_is_noted_once(tmp_path):
+    names = ["", "yours", "words", "porgrams", "porgrams", "x"]
+    rows = [{"question": f"{i}?", "answer": "b", **({"domain": d} if d else {})} for i, d in enumerate(names)]
+    (tmp_path / "yours.jsonl").write_bytes(b"\n".join(map(line, rows)))
+    found = read_yours(tmp_path / "yours.jsonl")
+    assert len(found.rows) == 6 and found.notes == ["domain 'porgrams' is not registered, so answers are compared as text, from line 4 on",
+                                                    "domain 'x' is not registered, so answers are compared as text, from line 6 on"]
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
 def test_an_empty_file(content, tmp_path):
     (tmp_path / "yours.jsonl").write_bytes(content)

@@ -4,34 +4,37 @@
 
 # %% auto #0
 __all__ = ['TINY', 'EXPORTS', 'Plan', 'forget', 'add_adapters', 'start', 'usable', 'window_of', 'answer_limits', 'sft_config',
-           'pgrpo_config', 'fine_tune', 'train_itself', 'reinforce', 'adapt', 'evaluation_problems', 'measure',
-           'export_policy']
+           'pgrpo_config', 'fine_tune', 'train_itself', 'reinforce', 'adapt', 'trained_join', 'evaluation_problems',
+           'measure', 'export_policy']
 
 # %% ../nbs/32c_adapt.ipynb #df109224
 import json
+import math
 import random
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .checkpoint import describe, digest, training_set
 from .decode import DecodeConfig
 from .domains import RandomForks, Sequential
-from .evaluate import evaluate_all, find_way
-from .format import token_counts
+from .evaluate import evaluate_all
+from .format import parse
 from .forkjoin import Limits
 from .joins import get_join
-from .model import SIZES, add_lora, load_policy, merge_lora, save_policy, tiny_model
+from .model import SIZES, add_lora, find_policy, load_policy, merge_lora, save_policy, tiny_model
 from .pgrpo import PGRPOConfig, Speedup, train_pgrpo
 from .recipes import kept_references
 from .report import text_length
-from .selftrain import self_train
+from .selftrain import kept_trees, sample_kept, train_on_kept
 from .sft import SFTConfig, train_sft
-from .survey import few_orders, token_faults, training_items
+from .survey import few_orders, join_faults, least_budget, token_faults, training_items
 from .tokenizer import char_tokenizer
-from .yourdata import Fault
+from .yourdata import Fault, Row
 
 # %% ../nbs/32c_adapt.ipynb #d7ee73d3
 TINY = 20_000_000   # parameters: below this all weights are fine-tuned
@@ -52,9 +55,15 @@ class Plan:
     twin: bool = False         # the sequential twin: the same training with forks banned
     seed: int = 0
     save_every: int = 50       # steps
+    gradient_checkpointing: bool = False   # compute the layers again in the backward pass, which takes less memory
 
     def __post_init__(self):
         get_join(self.join)
+        for f in ("batch", "rl_batch", "save_every"):
+            if getattr(self, f) < 1: raise ValueError(f"{f}={getattr(self, f)}: must be at least 1")
+        for f in ("lr", "rl_lr"):
+            rate = getattr(self, f)
+            if rate is not None and not 0 < rate < math.inf: raise ValueError(f"{f}={rate}: must be above 0 and finite")
         for f in ("sft_steps", "selftrain", "rl_steps", "lora"):
             if (getattr(self, f) or 0) < 0: raise ValueError(f"{f}={getattr(self, f)}: must not be negative")
         if not self.sft_steps + self.selftrain + self.rl_steps: raise ValueError("nothing to do: sft_steps, selftrain and rl_steps are all 0")
@@ -87,9 +96,10 @@ def start(plan) -> tuple:
     return add_adapters(model, plan) if lora else model, tokenizer
 
 # %% ../nbs/32c_adapt.ipynb #be014285
-def usable(rows, tokenizer, window=None) -> tuple:
-    "(the rows that a tokenizer and a window of so many positions can take, a `Fault` for each thing wrong with the others)."
-    faults = [Fault(r.line, f) for r in rows for f in token_faults(r, tokenizer, window)]
+def usable(rows, tokenizer=None, window=None, join="concat") -> tuple:
+    "(the rows that a tokenizer, a window of so many positions and a join can take, a `Fault` for each thing wrong with the others)."
+    def said(row): return [*(token_faults(row, tokenizer, window) if tokenizer else ()), *join_faults(row, join)]
+    faults = [Fault(r.line, f) for r in rows for f in said(r)]
     left_out = {f.line for f in faults}
     return [r for r in rows if r.line not in left_out], faults
 
@@ -98,11 +108,10 @@ def window_of(model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 def answer_limits(rows, tokenizer) -> Limits:
-    "`Limits` for answers: half as long again as the longest of the rows, in one line or forked; 2048 tokens where no row shows one."
+    "`Limits` for answers: half as much again as the rows' own answers need, in one line or forked; 2048 tokens where no row shows one."
     length = text_length(tokenizer)
-    shown = [length(r.text) for r in rows if r.text]
-    shown += [token_counts(RandomForks(1, whole=1).arrange(r.problem), length)[1] for r in rows if r.problem.steps]
-    tokens = 32 + 3 * max(shown) // 2 if shown else 2048
+    shown = [parse(r.text) if r.text else RandomForks(1, whole=1).arrange(r.problem) for r in rows if r.kind != "question"]
+    tokens = max((32 + 3 * least_budget(t, length)[1] // 2 for t in shown), default=2048)
     return Limits(max_tokens=tokens, max_thread_tokens=tokens)
 
 # %% ../nbs/32c_adapt.ipynb #028fc1a6
@@ -113,13 +122,14 @@ def sft_config(plan, model, folder=None) -> SFTConfig:
     how = {"lr": plan.lr or 1e-3, "micro_tokens": 2048} if lora else {"lr": plan.lr or 5e-3, "micro_tokens": 1024, "optimizer": "muon"}
     arrangement = Sequential() if plan.twin else RandomForks(.7, whole=.5, longest=.5)
     return SFTConfig(steps=plan.sft_steps or 1, batch=plan.batch, arrangement=arrangement, window=window_of(model), join=plan.join, seed=plan.seed,
-                     folder=folder, save_every=plan.save_every, **how, **shares)
+                     folder=folder, save_every=plan.save_every, gradient_checkpointing=plan.gradient_checkpointing, **how, **shares)
 
 def pgrpo_config(plan, limits, folder=None) -> PGRPOConfig:
     "Settings of P-GRPO: as `tiny-rl`'s, with fewer questions a step."
     mode, share = ("sequential", 0.0) if plan.twin else ("parallel", 0.2)
     return PGRPOConfig(steps=plan.rl_steps, batch=plan.rl_batch, lr=plan.rl_lr, mode=mode, sequential=share, temperature=0.7, limits=limits,
-                       join=plan.join, seed=plan.seed, folder=folder, save_every=min(plan.save_every, 10))
+                       join=plan.join, seed=plan.seed, folder=folder, save_every=min(plan.save_every, 10),
+                       gradient_checkpointing=plan.gradient_checkpointing)
 
 # %% ../nbs/32c_adapt.ipynb #ec0343da
 def fine_tune(model, tokenizer, rows, plan, folder, on_step=None) -> list:
@@ -132,13 +142,17 @@ def _fastest(rollout, problem): return -rollout.token_latency
 
 def train_itself(model, tokenizer, rows, plan, folder) -> list:
     "The second stage: its log. One round on `plan.selftrain` questions, drawn with the seed; Muon's rate is divided by ten."
+    model.to(Accelerator().device)   # it decodes first
     chosen = random.Random(f"{plan.seed} self-training").sample(rows, min(plan.selftrain, len(rows)))
-    sft = sft_config(plan, model, folder)
+    problems, sft = [r.problem for r in chosen], sft_config(plan, model, folder)
     decoding = DecodeConfig("sequential" if plan.twin else "parallel", plan.join, 1.0, limits=answer_limits(rows, tokenizer), seed=plan.seed)
-    return self_train(model, tokenizer, [r.problem for r in chosen], replace(sft, lr=sft.lr / 10), decoding, group=4, reward=_fastest)[1]
+    def sample(): return [r.tree for r in sample_kept(model, tokenizer, problems, decoding, 4, _fastest)]
+    of = [digest(model), training_set(problems), describe(decoding)]
+    return train_on_kept(model, tokenizer, kept_trees(f"{folder}-kept.json", of, sample), replace(sft, lr=sft.lr / 10))
 
 def reinforce(model, tokenizer, rows, plan, folder, on_step=None) -> tuple:
     "The third stage: (model, log). A model without adapters is given some, which are merged at the end."
+    model.to(Accelerator().device)   # it decodes first
     config, problems = pgrpo_config(plan, answer_limits(rows, tokenizer), folder), [r.problem for r in rows]
     paid = Speedup(kept_references(model, tokenizer, problems, config), rho=1.0, clip=0.8)
     adapted = model if isinstance(model, PeftModel) else add_adapters(model, plan)
@@ -158,7 +172,7 @@ def adapt(
     Raises `ValueError` for rows of which none can be trained on, and for a folder that holds another run."""
     out, logs = Path(out) / "twin" if plan.twin else Path(out), {}
     model, tokenizer = start(plan)
-    train, faults = usable(rows.of("train"), tokenizer, window_of(model))
+    train, faults = usable(rows.of("train"), tokenizer, window_of(model), plan.join)
     if faults and on_faults: on_faults(faults)
     if not train: raise ValueError("no row of the training split is left: 14 of 16 questions belong to it, by a hash of their text")
     def at(stage): return str(out / "runs" / stage)
@@ -170,26 +184,39 @@ def adapt(
     return model, tokenizer, logs
 
 # %% ../nbs/32c_adapt.ipynb #12f5f4b5
+def trained_join(
+    folder,  # that `adapt` was given, or the policy in it
+) -> str:
+    "The join that a policy was trained with, by the plan that `adapt` left there; concat where there is none."
+    folder = Path(folder)
+    plan = (folder.parent if folder.name == "policy" else folder) / "plan.json"
+    return json.loads(plan.read_text(encoding="utf-8"))["join"] if plan.is_file() else "concat"
+
 def evaluation_problems(rows, split="dev", most=None) -> list:
-    "The first problems of a split, each question once. Raises `ValueError` where there are none."
-    found = {r.problem.question: r.problem for r in rows.of(split)}
+    "The first problems of a split, each question once, with steps if a row has them. Raises `ValueError` where there are none."
+    found = {}
+    for p in (r.problem for r in rows.of(split)):
+        if p.question not in found or p.steps and not found[p.question].steps: found[p.question] = p
     if not found: raise ValueError(f"no row belongs to the {split} split: 1 of 16 questions does, by a hash of its text, so write more rows")
     return [p if not p.steps or few_orders(p) else replace(p, steps=(), opening="", closing="") for p in list(found.values())[:most]]
 
 def measure(
-    policy,          # a folder, or what else `load_policy` takes
+    policy,          # a folder, or what else `load_policy` takes; or a model and its tokenizer, loaded
     problems: list,
     twin=None,       # the sequential twin, likewise
-    join="concat",
+    join="concat",   # of the policy; `trained_join` tells that of a folder
     batch=64,        # problems decoded together
-    longest=2048,    # tokens of an answer
+    longest=None,    # tokens of an answer; default: as many as `answer_limits` gives the problems' own
     out=None,        # a folder for one `.jsonl` file a policy and mode
     about=None,      # for the first line of each
 ) -> dict:
     "`Report`s: `sequential` and `parallel` of the policy, `twin`, the first of them what the others are compared with. Raises `ValueError`."
-    loaded, runs = load_policy(policy), {}
-    if twin: runs["twin"] = (*load_policy(twin), *find_way("sequential", "concat", batch, longest))
-    runs |= {mode: (*loaded, *find_way(mode, join, batch, longest)) for mode in ("sequential", "parallel")}
+    def loaded(one): return one if isinstance(one, tuple) else load_policy(one)
+    own, runs = loaded(policy), {}
+    longest = longest or answer_limits([Row(0, p) for p in problems], own[1]).max_tokens
+    def way(mode, join): return DecodeConfig(mode, join, batch=batch, limits=Limits(max_tokens=longest, max_thread_tokens=longest))
+    if twin: runs["twin"] = (*loaded(twin), way("sequential", "concat"))
+    runs |= {mode: (*own, way(mode, join)) for mode in ("sequential", "parallel")}
     for model, *_ in runs.values(): forget(model)
     return evaluate_all(runs, problems, out, about)
 
@@ -205,6 +232,8 @@ def export_policy(
     "Write the merged model and its tokenizer; returns the largest difference of a log-probability that was read back. Raises `ValueError`."
     if dtype not in EXPORTS: raise ValueError(f"unknown dtype {dtype!r}: choose {' or '.join(EXPORTS)}")
     model, tokenizer = load_policy(policy, device="cpu", dtype=torch.float32)
+    if Path(folder).resolve() in [Path(kept).resolve() for kept in (find_policy(policy), model.name_or_path)]:
+        raise ValueError(f"{folder}: the policy itself lies there, choose another folder")
     if isinstance(model, PeftModel): model = merge_lora(model)
     forget(model)
     ids = torch.tensor([tokenizer.encode(probe)])

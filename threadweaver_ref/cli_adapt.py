@@ -7,6 +7,7 @@ from typing import Optional
 import typer
 
 app = typer.Typer(no_args_is_help=True, help="Adapt a model to your own data: check the file, train, evaluate, export.")
+JOIN = "how threads come back: concat, result or kv"
 DATA = typer.Argument(..., help="a file with one JSON object a line: question, answer, and steps or a text if you have them")
 
 
@@ -14,7 +15,8 @@ def _read(path, err=True):
     "The good rows of a file; what is wrong with the others is said line by line."
     from threadweaver_ref.yourdata import read_yours
     found = read_yours(path)
-    for line in [*found.faults, *found.notes]: typer.echo(f"{path}, {line}" if line in found.faults else f"{path}: {line}", err=err)
+    _left_out(path, found.faults, err)
+    for note in found.notes: typer.echo(f"{path}: {note}", err=err)
     return found
 
 
@@ -22,10 +24,16 @@ def _left_out(path, faults, err=True):
     for fault in faults: typer.echo(f"{path}, {fault}", err=err)
 
 
+def _policy_in(folder):
+    "The policy in a folder that `adapt train` was given, or what else was given, as it is."
+    return str(Path(folder) / "policy") if (Path(folder) / "policy").is_dir() else folder
+
+
 @app.command()
 def check(
     data: Path = DATA,
     base: Optional[str] = typer.Option(None, help="the model to be adapted: its tokenizer counts, and what it cannot take is said"),
+    join: str = typer.Option("concat", help=JOIN),
 ):
     "Every broken rule with its line; what could fork, and what that could save. Exit code 1 if a row is left out."
     from threadweaver_ref.adapt import Plan, start, usable, window_of
@@ -33,11 +41,9 @@ def check(
     from threadweaver_ref.report import text_length
     from threadweaver_ref.survey import survey
     found = _read(data, err=False)
-    rows, faults, length = found.rows, [], char_length
-    if base:
-        model, tokenizer = start(Plan(base))
-        rows, faults = usable(rows, tokenizer, window_of(model))
-        length = text_length(tokenizer)
+    model, tokenizer = start(Plan(base, join=join)) if base else (None, None)
+    rows, faults = usable(found.rows, tokenizer, model and window_of(model), join)
+    length = text_length(tokenizer) if base else char_length
     _left_out(data, faults, err=False)
     bad = len({f.line for f in [*found.faults, *faults]})
     typer.echo("\n".join(_survey_lines(survey(rows, length), bad, f"tokens of {base}" if base else "characters")))
@@ -58,16 +64,34 @@ def _survey_lines(s, bad, unit):
 
 
 @app.command()
-def rewrite(data: Path = DATA, out: Path = typer.Option(..., help="the new file")):
-    "Turn texts in one line into steps, by rules: cut at sentences, linked by the values and names that they mention. Look at some rows!"
+def rewrite(
+    data: Path = DATA,
+    out: Path = typer.Option(..., help="the new file"),
+    url: Optional[str] = typer.Option(None, help="a server of an instruction model, such as http://127.0.0.1:8000: it is asked instead"),
+    model: Optional[str] = typer.Option(None, help="its name on the server"),
+):
+    "Turn texts in one line into steps: by rules (cut at sentences, linked by values and names), or by a model that is asked. Look at some rows!"
     from threadweaver_ref.rewrite import rewrite_rows
     from threadweaver_ref.yourdata import write_yours
+    if out.exists() and data.exists() and out.samefile(data): raise ValueError(f"--out {out} is the file itself: choose another name")
+    if bool(url) != bool(model): raise ValueError("--url and --model go together: a server, and the name of a model on it")
     found = _read(data)
-    made, faults = rewrite_rows([r.data for r in found.rows])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made, faults = rewrite_rows([r.data for r in found.rows], _asking(url, model) if url else None)
     for i, fault in faults: typer.echo(f"{data}, line {found.rows[i - 1].line}: stays as it is: {fault}", err=True)
     write_yours(out, made)
     changed = sum("steps" in new and bool(old.text) for new, old in zip(made, found.rows))
     typer.echo(f"saved {out}: {len(made)} rows, {changed} of them rewritten")
+
+
+def _asking(url, model):
+    "f(prompt) -> what the model of a server replies."
+    from threadweaver_ref.client import CompletionsClient
+    client = CompletionsClient(url, model)
+    def ask(prompt):
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+        return client.ask("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+    return ask
 
 
 @app.command()
@@ -83,62 +107,83 @@ def train(
     lr: Optional[float] = typer.Option(None, help="of fine-tuning; default 0.005 (Muon) for all weights, 0.001 (AdamW) for LoRA"),
     rl_lr: float = typer.Option(1e-3, help="of P-GRPO"),
     lora: Optional[int] = typer.Option(None, help="rank; 0: all weights; default 16, and 0 for a base of fewer than 20 million parameters", min=0),
-    join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
+    join: str = typer.Option("concat", help=JOIN),
     twin: bool = typer.Option(False, "--twin", help="train the sequential twin, with forks banned, into OUT/twin"),
     seed: int = typer.Option(0, min=0),
+    gradient_checkpointing: bool = typer.Option(False, "--gradient-checkpointing", help="less memory: layers are computed again"),
 ):
     "Fine-tuning on arrangements drawn at random, self-training if you like, P-GRPO for time saved. Killed, the same command goes on."
     from threadweaver_ref.adapt import Plan, adapt
-    plan = Plan(base, sft_steps, selftrain, rl_steps, batch, rl_batch, lr, rl_lr, lora, join, twin, seed)
+    more = {"gradient_checkpointing": gradient_checkpointing}
+    plan = Plan(base, sft_steps, selftrain, rl_steps, batch, rl_batch, lr, rl_lr, lora, join, twin, seed, **more)
     began, found = time.perf_counter(), _read(data)
     out.mkdir(parents=True, exist_ok=True)
     try: _, _, logs = adapt(found, out, plan, on_faults=lambda faults: _left_out(data, faults))
     except KeyboardInterrupt:
         typer.echo(f"stopped: the same command continues from the last checkpoint under {out}", err=True)
         raise typer.Exit(130) from None
+    for line in _last_steps(logs): typer.echo(line)
+    typer.echo(f"saved {out / 'twin' / 'policy' if twin else out / 'policy'} after {time.perf_counter() - began:.0f} s")
+
+
+def _last_steps(logs):
+    "The last step of every stage, a line each."
     for stage, log in logs.items():
         last = {k: round(log[-1][k], 4) for k in ("loss", "accuracy", "reward", "token_latency", "fork_rate") if k in log[-1]}
-        typer.echo(f"{stage}: {len(log)} steps; the last one: {', '.join(f'{k} {v}' for k, v in last.items())}")
-    typer.echo(f"saved {out / 'twin' / 'policy' if twin else out / 'policy'} after {time.perf_counter() - began:.0f} s")
+        yield f"{stage}: {len(log)} steps; the last one: {', '.join(f'{k} {v}' for k, v in last.items())}"
 
 
 @app.command(name="eval")
 def evaluate(
-    policy: Path = typer.Option(..., help="the folder that `adapt train` was given as --out, or any policy"),
+    policy: str = typer.Option(..., help="the folder that `adapt train` was given as --out, or any policy"),
     data: Path = typer.Option(..., help="a file with one JSON object a line"),
     split: str = typer.Option("dev", help="dev; or test, once, when all is decided"),
     problems: Optional[int] = typer.Option(None, help="at most so many", min=1),
     twin: Optional[str] = typer.Option(None, help="the sequential twin; default POLICY/twin, if it is there"),
     batch: int = typer.Option(64, help="problems decoded together", min=1),
-    join: str = typer.Option("concat", help="how threads come back: concat, result or kv"),
-    longest: int = typer.Option(2048, help="tokens of an answer, at the most", min=1),
+    join: Optional[str] = typer.Option(None, help=f"{JOIN}; default: the one it was trained with"),
+    longest: Optional[int] = typer.Option(None, help="tokens of an answer, at the most; default: half as many again as the file's own need", min=1),
     out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a policy and mode; a stopped run goes on there"),
 ):
     "Both modes against the sequential twin, on questions that training never saw, with intervals."
-    from threadweaver_ref.adapt import evaluation_problems, measure
+    from threadweaver_ref.adapt import answer_limits, measure, trained_join
     from threadweaver_ref.evaluate import provenance, public_path
+    from threadweaver_ref.model import load_policy
     from threadweaver_ref.report import plain_table, reports_table
     if split not in ("dev", "test"): raise ValueError(f"unknown split {split!r}: choose dev or test")
-    chosen = evaluation_problems(_read(data), split, problems)
+    loaded, join = load_policy(_policy_in(policy)), join or trained_join(policy)
+    rows, chosen = _chosen(data, split, problems, *loaded)
+    longest = longest or answer_limits(rows, loaded[1]).max_tokens
     given = f"--policy {public_path(policy)} --data {public_path(data)} --split {split}" + (f" --problems {problems}" if problems else "")
-    beside = policy / "twin" / "policy"
-    twin, policy = twin or (str(beside) if beside.is_dir() else None), policy / "policy" if (policy / "policy").is_dir() else policy
+    if (beside := Path(policy) / "twin" / "policy").is_dir(): twin = twin or str(beside)
     if out: out.mkdir(parents=True, exist_ok=True)
     about = provenance(f"threadweaver-ref adapt eval {given} --batch {batch} --join {join} --longest {longest}", seed=0)
-    reports = measure(str(policy), chosen, twin, join, batch, longest, out, about)
+    reports = measure(loaded, chosen, twin, join, batch, longest, out, about)
     typer.echo(f"parallel mode, by family:\n\n{plain_table(reports['parallel'].table())}\n")
     typer.echo(plain_table(reports_table(reports, next(iter(reports)))))
-    if not twin: typer.echo(f"\nno twin to compare with: train one with --twin, into {public_path(policy.parent)}/twin", err=True)
+    remedy = f"train one with --twin, into {public_path(policy)}/twin" if _policy_in(policy) != policy else "give one with --twin"
+    if not twin: typer.echo(f"\nno twin to compare with: {remedy}", err=True)
+
+
+def _chosen(data, split, problems, model, tokenizer):
+    "(the good rows of a file, the problems of a split); what the model cannot take of the split is said."
+    from threadweaver_ref.adapt import evaluation_problems, usable, window_of
+    from threadweaver_ref.yourdata import Rows
+    found = _read(data)
+    rows, faults = usable(found.rows, tokenizer, window_of(model))
+    lines = {r.line for r in found.of(split)}
+    _left_out(data, [f for f in faults if f.line in lines])
+    return rows, evaluation_problems(Rows(rows), split, problems)
 
 
 @app.command()
 def export(
-    policy: Path = typer.Option(..., help="the folder that `adapt train` was given as --out, or any policy"),
+    policy: str = typer.Option(..., help="the folder that `adapt train` was given as --out, or any policy"),
     out: Path = typer.Option(..., help="folder for the merged model"),
     dtype: str = typer.Option("float32", help="or bfloat16"),
 ):
     "A merged folder for Transformers and vLLM, read back and compared."
     from threadweaver_ref.adapt import export_policy
-    off = export_policy(str(policy / "policy" if (policy / "policy").is_dir() else policy), out, dtype)
+    off = export_policy(_policy_in(policy), out, dtype)
     typer.echo(f"saved {out}; read back, log-probabilities differ by at most {off:.1e}")
     typer.echo(json.dumps({"transformers": f"AutoModelForCausalLM.from_pretrained({str(out)!r})", "vllm": f"vllm serve {out}"}, indent=1))

@@ -172,7 +172,7 @@ def read_rows(path) -> list:
 def write_rows(path, rows):
     "Write objects to a file, one a line; its folder is made."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8", newline="\n")
 
 # %% ../nbs/08c_domains.ipynb #056ec516
 def _problem(row):

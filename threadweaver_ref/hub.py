@@ -77,12 +77,15 @@ def fetch_gguf(
     return path
 
 # %% ../nbs/10_hub.ipynb #4a606aca
+def _check_gguf():
+    if not find_spec("gguf"): raise ValueError("reading GGUF weights needs the package gguf: pip install \"threadweaver_ref[gguf]\"")
+
 def convert(
     gguf: Path,
     folder,  # made where it is missing
 ):
     "Save a GGUF file as a plain model folder, in float32. Raises `ValueError` where the package gguf is missing."
-    if not find_spec("gguf"): raise ValueError("reading GGUF weights needs the package gguf: pip install \"threadweaver_ref[gguf]\"")
+    _check_gguf()
     options = {"gguf_file": gguf.name}
     quantised, tokenizer = (auto.from_pretrained(gguf.parent, **options) for auto in (AutoModelForCausalLM, AutoTokenizer))
     config = type(quantised.config)(**{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"})
@@ -104,6 +107,7 @@ def bring(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if folder.is_dir(): return folder
+        if make is convert: _check_gguf()   # before anything is fetched
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)   # of a process that was killed
         part.mkdir()

@@ -90,7 +90,6 @@ def decoding_copy(
 
 # %% ../nbs/10_model.ipynb #c5567b2b
 def _is_policy(folder): return (Path(folder) / "config.json").is_file()
-
 def _is_adapter(folder): return (Path(folder) / "adapter_config.json").is_file() and not _is_policy(folder)
 
 def shipped_policies() -> dict:
@@ -140,13 +139,15 @@ def save_policy(
     model,      # plain, or with LoRA adapters: then the adapters and the trained token rows alone are saved
     tokenizer,
     folder,     # made where it is missing
+    dtype=None, # of the adapters in the file, such as torch.bfloat16; None: as they are
 ):
-    "Save weights (safetensors) and tokenizer."
-    options = {}
-    if isinstance(model, PeftModel):
+    "Save weights (safetensors) and tokenizer. Raises `ValueError` for a `dtype` without adapters."
+    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    if options:
         for config in model.peft_config.values(): config.base_model_name_or_path = _lasting(config.base_model_name_or_path)
         model.base_model.model.name_or_path = model.config.name_or_path = config.base_model_name_or_path   # peft writes them into the model card
-        options = {"save_embedding_layers": False}
+        if dtype: options["state_dict"] = {k: v.to(dtype) if re.search("lora_|trainable_tokens", k) else v for k, v in model.state_dict().items()}
+    elif dtype: raise ValueError("dtype is for adapters alone: a plain model is cast before, with model.to(dtype)")
     model.save_pretrained(folder, safe_serialization=True, **options)
     tokenizer.save_pretrained(folder)
     _readable_by_all(folder)

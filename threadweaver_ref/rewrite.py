@@ -16,8 +16,8 @@ from .yourdata import row_faults
 # %% ../nbs/32b_rewrite.ipynb #f07ceb7f
 def cut(trace: str) -> list:
     "A trace in pieces: lines, or in a single line sentences (they end in `.`, `;`, `!` or `?` before white space). Joined they are the trace."
-    ends = r"(?<=\n)(?=[^\n])" if "\n" in trace.strip() else r"(?<=[.;!?]\s)(?=\S)"
-    return [piece for piece in re.split(ends, trace) if piece]
+    if "\n" in trace.strip(): return [piece for piece in re.split(r"(?<=\n)(?=[^\S\n]*\S)", trace) if piece]   # before lines that are not blank
+    return re.findall(r"(?:\s*\d+[.)]\s+)?.+?(?:[.;!?]\s+(?=\S)|\Z)", trace, re.S)   # the number of a list stays with its sentence
 
 # %% ../nbs/32b_rewrite.ipynb #1f28cf5f
 _NUMBER = r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)"
@@ -74,8 +74,7 @@ def outline(text, width=40) -> str:
     return head if len(head) <= width else head[:width].rsplit(" ", 1)[0]
 
 def _step(number, texts, needs):
-    work, result = (texts[:-1], texts[-1]) if len(texts) > 1 else (texts, "")
-    return {"name": f"s{number}", "needs": needs, "outline": outline("".join(texts)), "work": "".join(work), "result": result}
+    return {"name": f"s{number}", "needs": needs, "outline": outline("".join(texts)), "work": "".join(texts[:-1]), "result": texts[-1]}
 
 def _steps(pieces, groups):
     "Rows of steps, of groups of pieces in order."
@@ -138,9 +137,10 @@ def read_groups(
     count: int,  # of pieces
 ) -> list:
     "What a model said: `[(numbers of pieces from 0, numbers of steps from 0, outline), ...]`. Raises `ValueError` in a few words."
-    start, end = reply.find("["), reply.rfind("]")
-    try: data = json.loads(reply[start:end + 1])
-    except (json.JSONDecodeError, RecursionError): raise ValueError("it holds no JSON list") from None
+    reply = reply.rpartition("</think>")[2]
+    begins = re.search(r"\[\s*\{", reply)
+    try: data = json.JSONDecoder().raw_decode(reply, begins.start())[0]
+    except (AttributeError, json.JSONDecodeError, RecursionError): raise ValueError("it holds no JSON list of steps") from None
     if not all(isinstance(g, dict) and {"pieces", "needs", "outline"} <= {*g} for g in data):
         raise ValueError("a step lacks pieces, needs or outline")
     found = [([i - 1 for i in _whole(g["pieces"])], [i - 1 for i in _whole(g["needs"])], g["outline"]) for g in data]
@@ -180,11 +180,11 @@ def rewrite_rows(
     rows,      # as plain data; those without a text stay as they are, and so do those that fork
     ask=None,  # f(prompt) -> reply; None: by rules
 ) -> tuple:
-    "(the rows, what could not be rewritten and why: `[(number from 1, line), ...]`). A row that could not stays as it is."
-    found, faults = [], []
+    "(the rows, what could not be rewritten and why: `[(number from 1, line), ...]`). A row that could not stays as it is, whatever `ask` raised."
+    found, faults, expected = [], [], Exception if ask else ValueError
     for i, row in enumerate(rows, 1):
         found.append(row)
         if "text" not in row or "<Parallel>" in row["text"]: continue
         try: found[-1] = rewrite_with(ask, row) if ask else rewrite(row)
-        except ValueError as error: faults.append((i, str(error)))
+        except expected as error: faults.append((i, " ".join(str(error).split()) or type(error).__name__))
     return found, faults

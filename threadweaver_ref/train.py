@@ -48,7 +48,7 @@ class TrainConfig:
     save_every: int = 200            # steps
     mixed_precision: str | None = None  # None: bf16 on a GPU that has it, otherwise full ("no")
     attention: str = "dense"         # the whole mask, or "flex": FlexAttention by blocks (CUDA only: it has no backward on a CPU)
-    gradient_checkpointing: bool = False   # compute the layers again in the backward pass: less memory, about a third more time
+    gradient_checkpointing: bool = False   # compute the layers again in the backward pass: less memory, one more forward pass of them
 
     def __post_init__(self): check_settings(self)
 

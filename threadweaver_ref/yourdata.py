@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .domains import Problem, Step, extract_answer, grade, split_of
+from .domains import Problem, Step, domain_names, extract_answer, grade, split_of
 from .format import CONTROL_TOKENS, check_format
 
 # %% ../nbs/32_rows_of_your_own.ipynb #0d6f4e14
@@ -129,8 +129,10 @@ def row_faults(
 LONGEST_LINE = 1_000_000   # bytes
 
 def _lines(path):
-    "Yields (number, bytes) of every line; of a line that is too long the bytes are None."
+    "Yields (number, bytes) of every line; of a line that is too long the bytes are None. Raises `ValueError` for UTF-16."
     with open(path, "rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"): raise ValueError(f"{path} is UTF-16: save it as UTF-8")
+        file.seek(0)
         number = 0
         while line := file.readline(LONGEST_LINE + 2):
             number, whole = number + 1, line
@@ -189,8 +191,8 @@ def _note(found, first, text):
 def read_yours(
     path,  # a file with one JSON object a line
 ) -> Rows:
-    "The good rows of a file, and every broken rule of the others. Raises `OSError` where there is no file, and `ValueError` for an empty one."
-    found, answers, seen, windows, number = Rows(), {}, {}, None, 0
+    "The good rows of a file, and every broken rule of the others. Raises `OSError` where there is no file; `ValueError` for an empty one and UTF-16."
+    found, answers, seen, windows, foreign = Rows(), {}, {}, None, {}
     for number, line in _lines(path):
         if line is not None and line.endswith(b"\r\n"): windows = windows or number
         if line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf"): continue
@@ -198,9 +200,12 @@ def read_yours(
         except ValueError as error: faults = [str(error)]
         else: faults = row_faults(data) or _repeated(data, number, answers, seen)
         found.faults += [Fault(number, " ".join(f.split())) for f in faults]
-        if not faults: found.rows.append(Row(number, problem_of(data), data.get("text", "")))
+        if faults: continue
+        found.rows.append(Row(number, problem_of(data), data.get("text", "")))
+        if data.get("domain", "yours") not in ("yours", *domain_names()): foreign.setdefault(data["domain"], number)
     if not (found.rows or found.faults): raise ValueError(f"{path} is empty: a row is one JSON object a line, with a question and an answer")
     _note(found, windows, "Windows line ends, which do no harm")
+    for name, first in foreign.items(): _note(found, first, f"domain {_shown(name)} is not registered, so answers are compared as text")
     return found
 
 def _repeated(data, number, answers, seen):
