@@ -234,8 +234,25 @@ def test_seconds_of_every_size_of_batch_are_kept_and_compared(monkeypatch, tmp_p
     assert lines == [f"{batch} at a time, {n}: {x} ({x} to {x}) times as fast as b"
                      for batch, x, n in [(1, "1.00", "b"), (1, "1.00", "a"), (2, "1.00", "b"), (2, "2.00", "a")]]
     head, *rows = read_lines(tmp_path / "seconds-2.jsonl")
-    assert head == {"command": "mine", "batch": 2} and [r["a"] for r in rows] == [.5] * 4 and (tmp_path / "seconds-1.jsonl").is_file()
+    assert head == {"command": "mine", "batch": 2, "runs": ["b", "a"]} and [r["a"] for r in rows] == [.5] * 4
+    assert (tmp_path / "seconds-1.jsonl").is_file()
     assert time_all(runs, problems, (2,)) == lines[2:]
+
+
+def test_a_timing_that_was_stopped_goes_on(monkeypatch, tmp_path):
+    "Killed in the third of four portions, with a line cut off: whole portions are kept, nothing is timed twice."
+    asked = clock(monkeypatch, lambda name, questions: len(questions))
+    runs, problems = {n: (n, None, n) for n in "ab"}, [Problem(str(i), "1", "mine") for i in range(7)]
+    lines, file = time_all(runs, problems, (2,), tmp_path, {"command": "mine"}), tmp_path / "seconds-2.jsonl"
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:6]) + '{"question": "5", "fam')
+    asked.clear()
+    assert time_all(runs, problems, (2,), tmp_path, {"command": "again"}) == lines and file.read_text() == whole
+    assert [(n, q) for n, q in asked] == [("a", ["4", "5"]), ("b", ["4", "5"]), ("b", ["6"]), ("a", ["6"])]
+    asked.clear()
+    assert time_all(runs, problems, (2,), tmp_path) == lines and not asked
+    for others in (({"a": runs["a"]}, problems), (runs, problems[::-1])):
+        with pytest.raises(ValueError, match="seconds-2.jsonl is of other runs or problems"): time_all(*others, (2,), tmp_path)
 
 
 def test_real_seconds():

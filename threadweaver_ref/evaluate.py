@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,25 +113,41 @@ def in_turn(
     problems: list,
     batch=1,         # problems at a time
     progress=True,
+    rows=(),         # of the same measurement, which was stopped: it goes on behind them
+    on_rows=None,    # called with the rows of a portion, as soon as it is timed
 ) -> list:
     "Seconds a problem of every run: rows with `question`, `family`, `turn` and one field a run, the mean of its portion. The order rotates."
-    rows, names, runs = [], list(runs), {name: (decoding_copy(model), *others) for name, (model, *others) in _four(runs).items()}
-    for turn, at in enumerate(tqdm(range(0, len(problems), batch), desc=f"{batch} at a time", disable=not progress, leave=False)):
-        some, found = problems[at:at + batch], {}
+    rows, names, runs = [*rows], list(runs), {name: (decoding_copy(model), *others) for name, (model, *others) in _four(runs).items()}
+    for at in tqdm(range(len(rows), len(problems), batch), desc=f"{batch} at a time", disable=not progress, leave=False):
+        some, found, turn = problems[at:at + batch], {}, at // batch
         for name in names[turn % len(names):] + names[:turn % len(names)]:
             model, tokenizer, config, answer = runs[name]
             began = time.perf_counter()
             (answer or generate)(model, tokenizer, [p.question for p in some], config)
             found[name] = (time.perf_counter() - began) / len(some)
-        rows += [{"question": p.question, "family": p.family or p.domain, "turn": turn, **{n: round(s, 5) for n, s in found.items()}} for p in some]
+        new = [{"question": p.question, "family": p.family or p.domain, "turn": turn, **{n: round(s, 5) for n, s in found.items()}} for p in some]
+        if on_rows: on_rows(new)
+        rows += new
     return rows
 
+def _timed_before(path, head, problems) -> list:
+    "Rows of whole portions in a file of the same runs and problems; it then holds no others. Raises `ValueError` for a file of something else."
+    first, *rows = read_lines(path) if path.exists() else [head]
+    same = [r["question"] for r in rows] == [p.question for p in problems[:len(rows)]] and all(set(head["runs"]) <= set(r) for r in rows)
+    if first.get("runs") != head["runs"] or not same: raise ValueError(f"{path} is of other runs or problems: choose another folder")
+    whole = rows if len(rows) == len(problems) else rows[:len(rows) // head["batch"] * head["batch"]]
+    write_rows(path, [first, *whole])
+    return whole
+
 def time_all(runs, problems, batches=(1, 64), out=None, about=None) -> list:
-    "`in_turn` for every size of batch, kept in `seconds-BATCH.jsonl` of a folder. Lines that compare the others with the first run."
+    """`in_turn` for every size of batch, kept in `seconds-BATCH.jsonl` of a folder; a stopped run goes on there. Lines of comparison with the first.
+
+    Raises `ValueError` for a folder with another measurement."""
     lines, first = [], next(iter(runs))
     for batch in batches:
-        rows = in_turn(runs, problems, batch)
-        if out: write_rows(Path(out) / f"seconds-{batch}.jsonl", [{**(about or {}), "batch": batch}, *rows])
+        file, head = Path(out) / f"seconds-{batch}.jsonl" if out else None, {**(about or {}), "batch": batch, "runs": list(runs)}
+        kept = {"rows": _timed_before(file, head, problems), "on_rows": partial(_append, file)} if file else {}
+        rows = in_turn(runs, problems, batch, **kept)
         lines += [f"{batch} at a time, {n}: {spread(times_faster(rows, n, first))} times as fast as {first}" for n in runs]
     return lines
 
