@@ -57,13 +57,13 @@ def modes(problems, config) -> list:
     share = round(config.sequential * len(problems))
     return ["sequential"] * share + [config.mode] * (len(problems) - share)
 
-def generate_shared(model, tokenizer, questions, decoding, seeds, process=0, processes=1, write=generate) -> list:
+def generate_shared(model, tokenizer, questions, decoding, seeds, process=0, processes=1, write=None) -> list:
     "`generate`, where every process decodes its share and gets all rollouts."
     mine = slice(process, None, processes)
-    found = write(model, tokenizer, questions[mine], decoding, seeds[mine])
+    found = (write or generate)(model, tokenizer, questions[mine], decoding, seeds[mine])
     return [r for _, r in sorted(gather_object(list(zip(range(len(questions))[mine], found))), key=lambda x: x[0])]
 
-def roll_out(model, tokenizer, problems, config, step=0, process=0, processes=1, write=generate) -> list:
+def roll_out(model, tokenizer, problems, config, step=0, process=0, processes=1, write=None) -> list:
     "The rollouts of one step, `group` of each problem, one problem after another: `[Rollout, ...]` of P * G."
     lines = [(mode, p.question) for mode, p in zip(modes(problems, config), problems) for _ in range(config.group)]
     found = []
@@ -146,7 +146,7 @@ def train_pgrpo(
     config=PGRPOConfig(),
     reward=reward,      # `f(rollout, problem) -> float`; with a method `at(step)`, that gives the function of a step
     on_step=None,       # called with (step, row of the log)
-    write=generate,     # `f(model, tokenizer, questions, config, seeds) -> rollouts`; its method `measured(model, rollouts)`, if any, adds to the log
+    write=None,         # default `generate`; or f(model, tokenizer, questions, config, seeds) -> rollouts; its `measured(model, rollouts)` adds to the log
 ) -> list:
     """Train in place with P-GRPO (TW algorithm 1); returns the log, a list of rows. Resumes from `config.folder`.
 

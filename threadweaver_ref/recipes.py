@@ -156,7 +156,9 @@ def kept_references(model, tokenizer, problems, config) -> dict:
     found = reference_latencies(model, tokenizer, problems, config)
     if kept and PartialState().is_main_process:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"of": of, "latencies": found}))
+        whole = kept.with_name(kept.name + ".new")
+        whole.write_text(json.dumps({"of": of, "latencies": found}))
+        whole.replace(kept)   # a kill leaves the old file or the new one
     return found
 
 def _self_trained(model, tokenizer, recipe, config):
