@@ -146,7 +146,7 @@ def train_pgrpo(
     config=PGRPOConfig(),
     reward=reward,      # `f(rollout, problem) -> float`; with a method `at(step)`, that gives the function of a step
     on_step=None,       # called with (step, row of the log)
-    write=None,         # default `generate`; f(model, tokenizer, questions, config, seeds) -> rollouts, its `measured(model, rollouts)` adds to the log
+    write=None,         # f(model, tokenizer, questions, config, seeds) -> rollouts, its `measured(model, rollouts)` adds to the log; or `generate`
 ) -> list:
     """Train in place with P-GRPO (TW algorithm 1); returns the log, a list of rows. Resumes from `config.folder`.
 
