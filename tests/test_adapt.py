@@ -323,12 +323,12 @@ def scripted():
 
 
 def test_rewrite_by_a_model_behind_a_server(run, scripted, tmp_path):
-    "It answers the first row with nonsense, then well; the second not at all; the third well. No row is lost."
+    "It answers the first row with nonsense, then well; the second not at all, four times; the third well, at the second attempt. No row is lost."
     url, replies, asked = scripted
     texts = ["Ann: 3*4=12. Bob: 5*7=35. \\boxed{47}", "3+4=7. 7+5=12. \\boxed{12}", "1+1=2. 2+2=4. \\boxed{4}"]
     write_rows(tmp_path / "a.jsonl", [{"question": f"{i}?", "answer": a, "text": t} for i, (a, t) in enumerate(zip(("47", "12", "4"), texts))])
     good = '[{"pieces": [1], "needs": [], "outline": "pens"}, {"pieces": [2], "needs": [], "outline": "books"}]'
-    replies += [(200, "No."), (200, f"<think>[1] and [2]?</think> {good} as [asked]."), (500, "broken"), (200, good)]
+    replies += [(200, "No."), (200, f"<think>[1] and [2]?</think> {good} as [asked]."), *[(500, "broken")] * 4, (503, "busy"), (200, good)]
     code, out, err = run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl", "--url", f"{url}/v1", "--model", "m")
     assert code == 0 and "3 rows, 2 of them rewritten" in out and not replies
     assert err.strip().startswith(f"{tmp_path / 'a.jsonl'}, line 2: stays as it is: ") and "status 500" in err and len(err.strip().splitlines()) == 1

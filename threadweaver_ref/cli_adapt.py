@@ -87,7 +87,7 @@ def rewrite(
 def _asking(url, model):
     "f(prompt) -> what the model of a server replies."
     from threadweaver_ref.client import CompletionsClient
-    client = CompletionsClient(url, model)
+    client = CompletionsClient(url, model, retries=3)   # a row waits a few seconds for a server that is away, then stays as it is
     def ask(prompt):
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
         return client.ask("/v1/chat/completions", body)["choices"][0]["message"]["content"]
