@@ -10,8 +10,9 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from training import adapters, in_two_processes
 
+from threadweaver_ref.checkpoint import digest
 from threadweaver_ref.decode import DecodeConfig, generate
-from threadweaver_ref.engine_rl import EngineRollouts, adapter_digest, ratio_row, ratios
+from threadweaver_ref.engine_rl import EngineRollouts, ratio_row, ratios
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.model import add_lora, load_policy
 from threadweaver_ref.pgrpo import PGRPOConfig, train_pgrpo
@@ -140,12 +141,12 @@ def test_all_ids_that_end_the_models_texts_end_a_rollout(start, tmp_path):
 
 def test_the_digest_is_that_of_what_is_trained(start):
     policy = learner(start)
-    before, frozen = adapter_digest(policy), next(p for p in policy.parameters() if not p.requires_grad)
+    before, frozen = digest(policy, trained=True), next(p for p in policy.parameters() if not p.requires_grad)
     with torch.no_grad():
         frozen.add_(1)
-        assert adapter_digest(policy) == before
+        assert digest(policy, trained=True) == before
         next(p for p in policy.parameters() if p.requires_grad)[-1, -1] += 1e-3
-        assert adapter_digest(policy) != before
+        assert digest(policy, trained=True) != before
         frozen.sub_(1)
 
 

@@ -52,10 +52,14 @@ def training_set(problems) -> str:
     return f"{len(plain)} problems {hashlib.sha256(repr(plain).encode()).hexdigest()[:16]}"
 
 # %% ../nbs/14_checkpoint.ipynb #7c82d34a
-def digest(model) -> str:
+def digest(
+    model,
+    trained=False,  # of those that are trained alone?
+) -> str:
     "SHA-256 of the weights, their names and types, and of which of them are trained."
     sha = hashlib.sha256()
     for name, p in model.named_parameters():
+        if trained and not p.requires_grad: continue
         sha.update(f"{name} {p.dtype} {tuple(p.shape)} {p.requires_grad}".encode())
         sha.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()

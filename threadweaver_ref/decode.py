@@ -19,7 +19,7 @@ from .reader import Reader
 from .rollout import DecodeConfig, Interval, Rollout, Row
 from .sampling import choose, default_seeds, uniforms
 from .scoring import check_model, line_limit
-from .tokenizer import control_ids, encode_prompt, stop_ids
+from .tokenizer import control_ids, encode_prompts, stop_ids
 
 _all_ = ["DecodeConfig", "Interval", "Rollout", "default_seeds"]   # from the rooms above: users import them from here
 
@@ -43,17 +43,9 @@ class Decoder:
 @patch
 def begin(self:Decoder, questions, seeds):
     "Make cache and mask; nothing is decoded yet."
-    prompts = [self._prompt(i, q) for i, q in enumerate(questions)]   # all of them, before anything is decoded
+    prompts = encode_prompts(self.tokenizer, questions, self.config.chat)   # all of them, before anything is decoded
     self.waiting = list(zip(range(len(prompts)), questions, prompts, seeds, strict=True))[::-1]
     self.reader = Reader(self.model, min(self.config.batch, len(questions)), self.stats)
-
-@patch
-def _prompt(self:Decoder, number, question):
-    "Ids of a question. Raises `ValueError` that names it by its number, from 0."
-    try: ids = encode_prompt(self.tokenizer, question, self.config.chat)
-    except ValueError as error: raise ValueError(f"question {number}: {error}") from None
-    if not (question and ids): raise ValueError(f"question {number} is empty")
-    return ids
 
 # %% ../nbs/13_decode.ipynb #8a79ca31
 @patch
