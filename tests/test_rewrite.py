@@ -152,6 +152,17 @@ def test_whatever_a_client_raises_costs_one_row():
     assert faults == [(1, "no route to host"), (2, "'choices'"), (3, "TimeoutError")]
 
 
+def test_rows_that_a_model_has_rewritten_outlive_ctrl_c():
+    left = [GROUPS]
+    def ask(prompt):
+        if not left: raise KeyboardInterrupt
+        return left.pop()
+    made, faults = rewrite_rows([ROW] * 4, ask)
+    assert made == [rewrite_with(lambda prompt: GROUPS, ROW)] + [ROW] * 3
+    assert [i for i, _ in faults] == [2] and "stopped here" in faults[0][1]
+    assert rewrite_rows(made, lambda prompt: GROUPS) == ([made[0]] * 4, [])   # the new file, given to the command, goes on
+
+
 def test_a_tag_in_an_outline_is_no_outline():
     with pytest.raises(ValueError, match="control token <Thread>"): rewrite_with(lambda prompt: GROUPS.replace("pens", "<Thread>"), ROW)
 
