@@ -189,5 +189,7 @@ def rewrite_rows(
         if "text" not in row or "<Parallel>" in row["text"]: continue
         try: found[-1] = rewrite_with(ask, row) if ask else rewrite(row)
         except expected as error: faults.append((i, " ".join(str(error).split()) or type(error).__name__))
-        except KeyboardInterrupt: return [*found, *rows[i:]], [*faults, (i, "stopped here: so do all rows behind it; `adapt rewrite` of the new file goes on")]
+        except KeyboardInterrupt:
+            stopped = "stopped here: so do all rows behind it; `adapt rewrite` of the new file goes on"
+            return [*found, *rows[i:]], [*faults, (i, stopped)]
     return found, faults
