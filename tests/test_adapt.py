@@ -3,6 +3,7 @@ import io
 import json
 import random
 import shutil
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -173,6 +174,19 @@ def test_a_killed_training_goes_on_to_the_same_weights(rows, tmp_path, stage):
     assert same(whole, again) and [*logs] == ["sft", "rl"] and not isinstance(whole, PeftModel)
     assert not same(whole, load_policy("mini-sft", device="cpu")[0]) and same(whole, load_policy(tmp_path / "killed" / "policy", device="cpu")[0])
     with pytest.raises(ValueError, match="holds a run with another"): adapt(rows, tmp_path / "killed", replace(plan, lr=1e-4))
+
+
+def test_two_processes_adapt_as_one_does(data, tmp_path):
+    "All three stages, by the command: one policy comes out, and what is said is said once."
+    command = [sys.executable, "-m", "threadweaver_ref.cli", "adapt", "train", "--base", "mini-sft", "--data", str(data), "--sft-steps", "1",
+               "--selftrain", "2", "--rl-steps", "1", "--batch", "2", "--rl-batch", "2"]
+    def train(out, *more): return subprocess.run([*command, "--out", str(out), *more], check=True, capture_output=True, text=True, timeout=300)
+    train(tmp_path / "one")
+    done = train(tmp_path / "two", "--processes", "2")
+    assert done.stdout.count("saved") == 1 and done.stderr.count("line 14: no answer") == 1
+    one, two = (load_policy(tmp_path / n / "policy", device="cpu")[0].state_dict() for n in ("one", "two"))
+    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+    assert len(list((tmp_path / "two" / "runs" / "sft").glob("step-*/random_states_*"))) == 2   # both had a part in it
 
 
 def test_self_training_and_a_twin_that_never_forks(rows, tmp_path):

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -179,8 +179,10 @@ def adapt(
     if plan.sft_steps: logs["sft"] = fine_tune(model, tokenizer, train, plan, at("sft"), on_step)
     if plan.selftrain: logs["selftrain"] = train_itself(model, tokenizer, train, plan, at("selftrain"))
     if plan.rl_steps: model, logs["rl"] = reinforce(model, tokenizer, train, plan, at("rl"), on_step)
-    save_policy(model, tokenizer, out / "policy")
-    (out / "plan.json").write_text(json.dumps(asdict(plan), indent=1) + "\n")
+    if PartialState().is_main_process:
+        save_policy(model, tokenizer, out / "policy")
+        (out / "plan.json").write_text(json.dumps(asdict(plan), indent=1) + "\n")
+    PartialState().wait_for_everyone()   # of several processes, all find it
     return model, tokenizer, logs
 
 # %% ../nbs/32c_adapt.ipynb #12f5f4b5

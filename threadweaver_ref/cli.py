@@ -1,7 +1,6 @@
 """The command line, `threadweaver-ref`: thin, over the modules that the notebooks build. A plain file."""
 import json
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Optional
 
 import typer
 
-from threadweaver_ref.cli_adapt import app as adapt_app
+from threadweaver_ref.cli_adapt import app as adapt_app, in_processes
 from threadweaver_ref.cli_serve import add_commands
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -193,21 +192,12 @@ def train(
     folder, first = out or runs / recipe.name / "policy", "RANK" not in os.environ
     try:
         if first: _writable(folder / "config.json")
-        if first and processes > 1: _in_processes(processes)
+        if first and processes > 1: in_processes(processes)
         model, tokenizer, _ = train_recipe(name, runs, **({"steps": steps} if steps else {}), **({"seed": seed} if seed else {}))
         if saved := save_trained(model, tokenizer, folder): typer.echo(f"saved {' and '.join(map(str, saved))}")
     except KeyboardInterrupt:
         if first: typer.echo(f"stopped: the same command continues from the last checkpoint under {runs}", err=True)
         raise typer.Exit(130) from None
-
-
-def _in_processes(n):
-    "Run this command once more, in `n` processes. glibc is told to keep memory rather than ask for it anew in every step."
-    import torch
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "threadweaver_ref.cli"]
-    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n)), "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
-    if not torch.cuda.is_available(): env["ACCELERATE_USE_CPU"] = "true"
-    raise typer.Exit(subprocess.run([sys.executable, *launch, *sys.argv[1:]], env={**env, **os.environ}).returncode)
 
 
 @app.command()

@@ -1,5 +1,8 @@
 """`threadweaver-ref adapt`: a model adapted to a file of your own. A plain file."""
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Optional
@@ -11,10 +14,11 @@ JOIN = "how threads come back: concat, result or kv"
 DATA = typer.Argument(..., help="a file with one JSON object a line: question, answer, and steps or a text if you have them")
 
 
-def _read(path, err=True):
+def _read(path, err=True, quiet=False):
     "The good rows of a file; what is wrong with the others is said line by line."
     from threadweaver_ref.yourdata import read_yours
     found = read_yours(path)
+    if quiet: return found   # one process of several speaks
     _left_out(path, found.faults, err)
     for note in found.notes: typer.echo(f"{path}: {note}", err=err)
     return found
@@ -22,6 +26,15 @@ def _read(path, err=True):
 
 def _left_out(path, faults, err=True):
     for fault in faults: typer.echo(f"{path}, {fault}", err=err)
+
+
+def in_processes(n):
+    "Run this command once more, in `n` processes. glibc is told to keep memory rather than ask for it anew in every step."
+    import torch
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "-m", "threadweaver_ref.cli"]
+    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // n)), "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
+    if not torch.cuda.is_available(): env["ACCELERATE_USE_CPU"] = "true"
+    raise typer.Exit(subprocess.run([sys.executable, *launch, *sys.argv[1:]], env={**env, **os.environ}).returncode)
 
 
 def _policy_in(folder):
@@ -111,17 +124,21 @@ def train(
     twin: bool = typer.Option(False, "--twin", help="train the sequential twin, with forks banned, into OUT/twin"),
     seed: int = typer.Option(0, min=0),
     gradient_checkpointing: bool = typer.Option(False, "--gradient-checkpointing", help="less memory: layers are computed again"),
+    processes: int = typer.Option(1, help="processes that share every step", min=1),
 ):
     "Fine-tuning on arrangements drawn at random, self-training if you like, P-GRPO for time saved. Killed, the same command goes on."
     from threadweaver_ref.adapt import Plan, adapt
-    more = {"gradient_checkpointing": gradient_checkpointing}
+    rank, more = os.environ.get("RANK"), {"gradient_checkpointing": gradient_checkpointing}
     plan = Plan(base, sft_steps, selftrain, rl_steps, batch, rl_batch, lr, rl_lr, lora, join, twin, seed, **more)
-    began, found = time.perf_counter(), _read(data)
-    out.mkdir(parents=True, exist_ok=True)
-    try: _, _, logs = adapt(found, out, plan, on_faults=lambda faults: _left_out(data, faults))
+    try:
+        if rank is None and processes > 1: in_processes(processes)
+        began, first, found = time.perf_counter(), rank in (None, "0"), _read(data, quiet=rank not in (None, "0"))
+        out.mkdir(parents=True, exist_ok=True)
+        _, _, logs = adapt(found, out, plan, on_faults=lambda faults: first and _left_out(data, faults))
     except KeyboardInterrupt:
-        typer.echo(f"stopped: the same command continues from the last checkpoint under {out}", err=True)
+        if rank is None: typer.echo(f"stopped: the same command continues from the last checkpoint under {out}", err=True)
         raise typer.Exit(130) from None
+    if not first: return
     for line in _last_steps(logs): typer.echo(line)
     typer.echo(f"saved {out / 'twin' / 'policy' if twin else out / 'policy'} after {time.perf_counter() - began:.0f} s")
 
