@@ -127,20 +127,26 @@ def train(
     processes: int = typer.Option(1, help="processes that share every step", min=1),
 ):
     "Fine-tuning on arrangements drawn at random, self-training if you like, P-GRPO for time saved. Killed, the same command goes on."
-    from threadweaver_ref.adapt import Plan, adapt
-    rank, more = os.environ.get("RANK"), {"gradient_checkpointing": gradient_checkpointing}
-    plan = Plan(base, sft_steps, selftrain, rl_steps, batch, rl_batch, lr, rl_lr, lora, join, twin, seed, **more)
+    from threadweaver_ref.adapt import Plan
+    more = {"gradient_checkpointing": gradient_checkpointing}
+    plan, rank = Plan(base, sft_steps, selftrain, rl_steps, batch, rl_batch, lr, rl_lr, lora, join, twin, seed, **more), os.environ.get("RANK")
     try:
         if rank is None and processes > 1: in_processes(processes)
-        began, first, found = time.perf_counter(), rank in (None, "0"), _read(data, quiet=rank not in (None, "0"))
-        out.mkdir(parents=True, exist_ok=True)
-        _, _, logs = adapt(found, out, plan, on_faults=lambda faults: first and _left_out(data, faults))
+        _train(plan, data, out, speaks=rank in (None, "0"))
     except KeyboardInterrupt:
         if rank is None: typer.echo(f"stopped: the same command continues from the last checkpoint under {out}", err=True)
         raise typer.Exit(130) from None
-    if not first: return
+
+
+def _train(plan, data, out, speaks):
+    "One process's part of `train`; of several, one speaks."
+    from threadweaver_ref.adapt import adapt
+    began, found = time.perf_counter(), _read(data, quiet=not speaks)
+    out.mkdir(parents=True, exist_ok=True)
+    _, _, logs = adapt(found, out, plan, on_faults=lambda faults: speaks and _left_out(data, faults))
+    if not speaks: return
     for line in _last_steps(logs): typer.echo(line)
-    typer.echo(f"saved {out / 'twin' / 'policy' if twin else out / 'policy'} after {time.perf_counter() - began:.0f} s")
+    typer.echo(f"saved {out / 'twin' / 'policy' if plan.twin else out / 'policy'} after {time.perf_counter() - began:.0f} s")
 
 
 def _last_steps(logs):
