@@ -355,6 +355,14 @@ def test_rewrite_by_a_model_behind_a_server(run, scripted, tmp_path):
     assert code == 2 and "--url and --model go together" in err
 
 
+def test_a_stopped_rewriting_is_kept_and_said_by_the_exit_code(run, monkeypatch, tmp_path):
+    def ask(prompt): raise KeyboardInterrupt
+    monkeypatch.setattr("threadweaver_ref.cli_adapt._asking", lambda url, model: ask)
+    write_rows(tmp_path / "a.jsonl", [{"question": "1?", "answer": "47", "text": "Ann: 3*4=12. Bob: 5*7=35. \\boxed{47}"}])
+    code, out, err = run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl", "--url", "http://x", "--model", "m")
+    assert code == 130 and "stopped here" in err and len(read_yours(tmp_path / "b.jsonl").rows) == 1
+
+
 def test_train_eval_export(run, data, tmp_path):
     short = ("--sft-steps", 1, "--rl-steps", 1, "--batch", 2, "--rl-batch", 1)
     common = ("train", "--base", "mini-sft", "--data", data, "--out", tmp_path / "run", *short)

@@ -14,11 +14,10 @@ JOIN = "how threads come back: concat, result or kv"
 DATA = typer.Argument(..., help="a file with one JSON object a line: question, answer, and steps or a text if you have them")
 
 
-def _read(path, err=True, quiet=False):
+def _read(path, err=True):
     "The good rows of a file; what is wrong with the others is said line by line."
     from threadweaver_ref.yourdata import read_yours
     found = read_yours(path)
-    if quiet: return found   # one process of several speaks
     _left_out(path, found.faults, err)
     for note in found.notes: typer.echo(f"{path}: {note}", err=err)
     return found
@@ -84,7 +83,7 @@ def rewrite(
     model: Optional[str] = typer.Option(None, help="its name on the server"),
 ):
     "Turn texts in one line into steps: by rules (cut at sentences, linked by values and names), or by a model that is asked. Look at some rows!"
-    from threadweaver_ref.rewrite import rewrite_rows
+    from threadweaver_ref.rewrite import STOPPED, rewrite_rows
     from threadweaver_ref.yourdata import write_yours
     if out.exists() and data.exists() and out.samefile(data): raise ValueError(f"--out {out} is the file itself: choose another name")
     if bool(url) != bool(model): raise ValueError("--url and --model go together: a server, and the name of a model on it")
@@ -95,6 +94,7 @@ def rewrite(
     write_yours(out, made)
     changed = sum("steps" in new and bool(old.text) for new, old in zip(made, found.rows))
     typer.echo(f"saved {out}: {len(made)} rows, {changed} of them rewritten")
+    if faults and faults[-1][1] == STOPPED: raise typer.Exit(130)
 
 
 def _asking(url, model):
@@ -141,7 +141,8 @@ def train(
 def _train(plan, data, out, speaks):
     "One process's part of `train`; of several, one speaks."
     from threadweaver_ref.adapt import adapt
-    began, found = time.perf_counter(), _read(data, quiet=not speaks)
+    from threadweaver_ref.yourdata import read_yours
+    began, found = time.perf_counter(), _read(data) if speaks else read_yours(data)
     out.mkdir(parents=True, exist_ok=True)
     _, _, logs = adapt(found, out, plan, on_faults=lambda faults: speaks and _left_out(data, faults))
     if not speaks: return
