@@ -16,6 +16,7 @@ from threadweaver_ref import recipes as room
 from threadweaver_ref.checkpoint import describe
 from threadweaver_ref.domains import DOMAINS, Problem, RandomForks, Sequential, WheneverReady, allowed, domain, find_domain, split_of
 from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.hub import PACKAGED
 from threadweaver_ref.model import SIZES, load_policy, merge_lora, save_policy, shipped_policies, tiny_model
 from threadweaver_ref.pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies
 from threadweaver_ref.recipes import load_recipe, recipes, train_recipe
@@ -43,7 +44,7 @@ def test_the_shipped_ones():
 
 @pytest.mark.parametrize("name", recipes())
 def test_every_shipped_recipe_is_short_says_what_it_does_and_starts_from_something(name):
-    "Its starts lead to new weights or to a policy that ships, and never round in a circle."
+    "Its starts lead to new weights, to a policy that ships or to a pretrained model at hand, and never round in a circle."
     said, *lines = recipes()[name].read_text().splitlines()
     assert said.startswith("# ") and len([line for line in lines if not line.startswith("#")]) <= 15
     seen, start = [name], load_recipe(name).start
@@ -51,7 +52,7 @@ def test_every_shipped_recipe_is_short_says_what_it_does_and_starts_from_somethi
         assert start not in seen
         seen.append(start)
         start = load_recipe(start).start
-    assert start in SIZES or start in shipped_policies()
+    assert start in SIZES or start in shipped_policies() or start in PACKAGED
 
 
 @pytest.mark.parametrize("name", sorted({"tiny-always", "tiny-never", "tiny-imitation", "tiny-result", "tiny-kv"} & set(recipes())))
