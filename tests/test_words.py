@@ -29,7 +29,7 @@ from threadweaver_ref.format import parse as parse_format
 from threadweaver_ref.phrases import COMPARED, Situation, listed, sentence
 from threadweaver_ref.replay import replay, units
 from threadweaver_ref.situations import SITUATIONS, situation, situation_names, situation_of
-from threadweaver_ref.stories import Amounts, Compared, Parts, Plain, Story, by_parts, draw_pair, running_sum, tens_and_ones
+from threadweaver_ref.stories import Amounts, Compared, Parts, Plain, Story, by_parts, draw_pair, places, running_sum, taken_away
 from threadweaver_ref.tokenizer import char_tokenizer, encode_prompt
 from threadweaver_ref.words import FAMILIES, NEW, family, mixture, word_length, words, words_split
 

@@ -112,3 +112,11 @@ def compared(
 def place(self:Situation, who) -> str:
     "An owner behind `than`: `Ben`, or `on Monday`."
     return self.tail.format(who=who).strip() or who
+
+# %% ../nbs/30b_phrases.ipynb #efa9add6
+@patch
+def relation(self:Situation, kind, others, k=0) -> str:
+    "A comparison in short, said again where it is worked out: `12 more than Ben`."
+    less = "less" if self.less else "fewer"
+    said = {"more": "{k} more than {other}", "less": "{k} {less} than {other}", "times": "{k} times as many as {other}", "both": "as many as {other}"}
+    return said[kind].format(k=k, less=less, other=self.place(listed(others)))
