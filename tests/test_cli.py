@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 from helpers import DATA
 from safetensors import SafetensorError
 
@@ -67,6 +68,7 @@ def test_solve_reads_a_file(run, tmp_path):
     (["evaluate", "--split", "held"], ["unknown split 'held': choose train, dev or test"]),
     (["load", "--out", __file__ + "/x"], [__file__]),
     (["evaluate", "--family", "narrow"], ["unknown family 'narrow': choose one of wide, quick"]),
+    (["evaluate", "--dtype", "int8"], ["unknown dtype 'int8': choose float32 or bfloat16"]),
     (["evaluate", "--mode", "quick"], ["quick", "parallel, sequential, autoregressive"]),
     (["demo", "--domain", "cards", "--out", "OUT"], ["cards", "programs, loops, schoolbook, words"]),
     (["gpu", "--out", __file__], [__file__]),
@@ -240,6 +242,15 @@ def test_evaluate_of_some_families(evaluated):
     _, _, _, files = evaluated("--policy", "schoolbook-sft", "--mode", "parallel", "--family", "chain")
     about, *rows = files["schoolbook-sft-parallel.jsonl"]
     assert [r["family"] for r in rows] == ["chain"] * 2 and "--problems 2 --family 'chain' --policy" in about["command"]
+
+
+def test_evaluate_in_half_precision_says_so_and_decodes_so(evaluated, monkeypatch):
+    from threadweaver_ref import decode
+    seen, real = set(), decode.Reader
+    monkeypatch.setattr(decode, "Reader", lambda model, *more: seen.update(p.dtype for p in model.parameters()) or real(model, *more))
+    _, _, _, files = evaluated("--policy", "schoolbook-sft", "--mode", "parallel", "--dtype", "bfloat16")
+    (about, *rows), = files.values()
+    assert " --dtype bfloat16 --out " in about["command"] and len(rows) > 0 and seen == {torch.bfloat16}
 
 
 def test_every_policy_may_have_its_own_join(evaluated):

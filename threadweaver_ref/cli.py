@@ -111,23 +111,34 @@ def evaluate(
     batch: int = typer.Option(64, help="problems decoded together", min=1),
     join: list[str] = typer.Option(["concat"], help="how threads come back: concat, result or kv; one for all policies, or one for each"),
     longest: int = typer.Option(4096, help="tokens of an answer, at the most", min=1),
+    dtype: str = typer.Option("float32", help="of the weights while decoding: float32, or bfloat16 (adapters are merged before)"),
     out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a policy and mode; a stopped run goes on there"),
 ):
     "Accuracy with intervals, token latency, regret and seconds; every problem's own row is kept."
     from threadweaver_ref.domains import draw_split, families_of
     from threadweaver_ref.evaluate import evaluate_all, find_way, named_policies, provenance, public_path, time_all
-    from threadweaver_ref.model import load_policy
     from threadweaver_ref.report import plain_table, reports_table
     families, named = {f: draw_split(domain, split, problems, f) for f in family or families_of(domain)}, named_policies(policy, join)
     if out: _writable(out / "x.jsonl")
-    runs = {f"{n}-{m}": (*loaded, *find_way(m, j, batch, longest)) for n, p, j in named for loaded in [load_policy(p)] for m in mode}
+    runs = {f"{n}-{m}": (*loaded, *find_way(m, j, batch, longest)) for n, p, j in named for loaded in [_loaded(p, dtype)] for m in mode}
     given = [*(f"--family '{f}'" for f in family), *(f"--policy {n}" for n, *_ in named), *(f"--mode {m}" for m in mode),
-             *(f"--join {j}" for j in join), f"--batch {batch} --timed {timed} --longest {longest}", *([f"--out {public_path(out)}"] if out else [])]
+             *(f"--join {j}" for j in join), f"--batch {batch} --timed {timed} --longest {longest}",
+             *([f"--dtype {dtype}"] if dtype != "float32" else []), *([f"--out {public_path(out)}"] if out else [])]
     about = provenance(f"threadweaver-ref evaluate --domain {domain} --split {split} --problems {problems} {' '.join(given)}", seed=0)
     reports = evaluate_all(runs, [p for ps in families.values() for p in ps], out, about)
     for name, report in reports.items(): typer.echo(f"\n{name}:\n\n{plain_table(report.table())}")
     if len(reports) > 1: typer.echo(f"\n{plain_table(reports_table(reports, next(iter(reports))))}\n")
     if timed: typer.echo("\n".join(time_all(runs, _mixed(families, timed), sorted({1, batch}), out, about)))
+
+
+def _loaded(policy, dtype):
+    "(model, tokenizer) to decode with, in a number format."
+    import torch
+
+    from threadweaver_ref.model import decoding_copy, load_policy
+    if dtype not in ("float32", "bfloat16"): raise ValueError(f"unknown dtype {dtype!r}: choose float32 or bfloat16")
+    model, tokenizer = load_policy(policy)
+    return (model if dtype == "float32" else decoding_copy(model).to(torch.bfloat16)), tokenizer
 
 
 def _mixed(families, n): return [p for some in zip(*(ps[:n] for ps in families.values())) for p in some]   # of every family in turn
