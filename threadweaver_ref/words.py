@@ -14,7 +14,7 @@ from .domains import Problem, allowed, domain, split_of, training_problem
 from .format import CONTROL_TOKENS, split_tags
 from .situations import SITUATIONS, situation_names, situation_of
 from .phrases import listed
-from .stories import Story, amount_of, by_parts, running_sum, taken_away, worked
+from .stories import Story, by_parts, running_sum, taken_away, worked
 
 # %% ../nbs/31_words.ipynb #38ce4d4c
 def word_length(text: str) -> int:
@@ -105,7 +105,7 @@ def exercises(rng) -> Problem:
     drawn = [_exercise(rng) for _ in range(rng.randint(2, 6))]
     def result(amount): return f"the result is {amount}"
     steps = [worked(f"{i}: {asked}", (), "", result, lead, equations) for i, (asked, lead, equations) in enumerate(drawn, 1)]
-    question, answer = f"{TASK}{listed([asked for asked, *_ in drawn])}.", str(amount_of(drawn[-1][2]))
+    question, answer = f"{TASK}{listed([asked for asked, *_ in drawn])}.", drawn[-1][2][-1].split("=")[1]
     return Problem(question, answer, "words", steps, "", f"The answer is \\boxed{{{answer}}}.", "exercises")
 
 # %% ../nbs/31_words.ipynb #a6d71eda
