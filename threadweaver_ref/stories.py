@@ -149,7 +149,7 @@ class Story:
     def ends(self): return [f.who for f in self.facts if f.who not in self.read]
 
 # %% ../nbs/30d_stories.ipynb #05a36ac3
-MOST, PRODUCT = 9999, 1000   # no amount is larger, nor a product
+MOST, PRODUCT = 999, 999   # no amount is larger, nor a product
 
 def draw_pair(rng, s, level) -> tuple:
     "A count and a size: both below 10 for a `quick` product, one for a `medium` one, none for a `slow` one."

@@ -14,7 +14,7 @@ from .domains import Problem, allowed, domain, split_of, training_problem
 from .format import CONTROL_TOKENS, split_tags
 from .situations import SITUATIONS, situation_names, situation_of
 from .phrases import listed
-from .stories import Story, by_parts, running_sum, taken_away, worked
+from .stories import MOST, PRODUCT, Story, by_parts, running_sum, taken_away, worked
 
 # %% ../nbs/31_words.ipynb #38ce4d4c
 def word_length(text: str) -> int:
@@ -88,17 +88,18 @@ def words_split(question: str) -> str:
     return ("dev", "test")[hashlib.sha256(question.encode()).digest()[1] % 2]
 
 # %% ../nbs/31_words.ipynb #fad91beb
-def _number(rng): return rng.randint(2, rng.choice((9, 99, 999, 2000)))
+def _number(rng): return rng.randint(2, rng.choice((9, 99, 600)))
 
 def _exercise(rng):
     "(what stands in the question, what stands before the equations, the equations)."
-    kind = rng.choice(("sum", "sum", "product", "difference", "difference"))
-    if kind == "sum":
-        terms = [_number(rng) for _ in range(rng.randint(2, 4))]
-        return "+".join(map(str, terms)), f"adding up {listed([*map(str, terms)])}", running_sum(terms)
-    if kind == "product": return (said := f"{(a := rng.randint(2, 99))}*{(b := rng.randint(2, 99))}"), said, by_parts(a, b)
-    b, a = sorted((_number(rng), _number(rng) + 1))
-    return f"{a}-{b}", f"taking {b} from {a}", taken_away(a, b)
+    kind, a, b, terms = rng.choice(("sum", "sum", "product", "difference", "difference")), 0, 0, [_number(rng) for _ in range(rng.randint(2, 4))]
+    if sum(terms) > MOST: return _exercise(rng)
+    if kind == "sum": return "+".join(map(str, terms)), f"adding up {listed([*map(str, terms)])}", running_sum(terms)
+    if kind == "difference":
+        b, a = sorted((_number(rng), _number(rng) + 1))
+        return f"{a}-{b}", f"taking {b} from {a}", taken_away(a, b)
+    while not 0 < a * b <= PRODUCT: a, b = rng.randint(2, 99), rng.randint(2, 99)
+    return f"{a}*{b}", f"{a}*{b}", by_parts(a, b)
 
 def exercises(rng) -> Problem:
     "A few sums, differences and products to work out, to train on."
@@ -133,6 +134,6 @@ def words(
     kind, new = family.removeprefix(NEW), family.startswith(NEW)
     if kind not in FAMILIES: raise ValueError(f"unknown family {family!r}: choose one of {allowed(FAMILIES)}, or one of them behind {NEW!r}")
     if situation not in (None, *SITUATIONS): raise ValueError(f"unknown situation {situation!r}: choose one of {allowed(SITUATIONS)}")
+    told_in = situation or rng.choice(situation_names(held=new))
     while True:
-        told_in = situation or rng.choice(situation_names(held=new))
         if found := FAMILIES[kind](rng, SITUATIONS[told_in], small).problem(family): return found
