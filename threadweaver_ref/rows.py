@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .cache import FlatCache
@@ -24,6 +25,13 @@ class Part(NamedTuple):
     n: int      # how many
     used: int   # slots of its row in use
 
+def _grouped(query, key, value, mask, scale):
+    "(1, H, n, D): query heads that share a head of keys (GQA) go in as more queries of it, so that keys and values need not be copied."
+    _, heads, n, size = query.shape
+    shared = heads // key.shape[1]
+    query, mask = query.reshape(1, key.shape[1], shared * n, size), mask.repeat(1, 1, shared, 1)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).view(1, heads, n, -1)
+
 def row_attention(
     module,          # a layer's attention
     query,           # (1, H, N, D)
@@ -33,11 +41,11 @@ def row_attention(
     **options,
 ) -> tuple:
     "(1, N, H, D): every token attends over the row of its own problem, as far as that is in use."
-    sdpa, parts = AttentionInterface()["sdpa"], getattr(key, "parts", None)
-    if parts is None: return sdpa(module, query, key, value, attention_mask, **options)
-    found = [sdpa(module, query[:, :, at:at + n], key[row:row + 1, :, :used], value[row:row + 1, :, :used], attention_mask[i:i + 1, :, :n, :used],
-                  **options)[0] for i, (row, at, n, used) in enumerate(parts)]   # each (1, n, H, D)
-    return torch.cat(found, 1), None
+    parts = getattr(key, "parts", None)
+    if parts is None: return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **options)
+    found = [_grouped(query[:, :, at:at + n], key[row:row + 1, :, :used], value[row:row + 1, :, :used], attention_mask[i:i + 1, :, :n, :used],
+                      options.get("scaling")) for i, (row, at, n, used) in enumerate(parts)]   # each (1, H, n, D)
+    return torch.cat(found, 2).transpose(1, 2), None
 
 @contextmanager
 def by_rows(model):
