@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fastcore.basics import patch
 
-from .domains import Problem, Step, levels
+from .steps import Problem, Step, ready_steps
 from .phrases import listed, sentence
 
 # %% ../nbs/30d_stories.ipynb #0eeb9f0d
@@ -48,8 +48,8 @@ def worked(
     equations,    # that lead to the result of the last one
 ) -> Step:
     "A step in sentences."
-    if len(equations) == 1: return Step(name, needs, aim, "", sentence(clause(equations[0])) + " ")
-    return Step(name, needs, aim, f"{sentence(lead, ':')} {', '.join(equations)}. ", sentence(clause(_amount(equations))) + " ")
+    if len(equations) == 1: return Step(name, needs, aim, "", " " + sentence(clause(equations[0])))
+    return Step(name, needs, aim, f" {sentence(lead, ':')} {', '.join(equations)}.", " " + sentence(clause(_amount(equations))))
 
 # %% ../nbs/30d_stories.ipynb #44dbd769
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def most(self:Story, *owners) -> tuple | None:
     if values.count(max(values)) > 1: return None
     subject, units, rest = s.words(s.one)
     question = f"the largest number of {units} that {subject} {s.verb[1]}{rest}"
-    said = f"The largest of {listed([*map(str, values)])} is {max(values)}. "
+    said = f" The largest of {listed([*map(str, values)])} is {max(values)}."
     step = Step("largest", self.needs(*owners), "find the largest number", "", said)
     return f"What is {question}?" if self.rng.random() < .7 else f"Find {question}.", [step], max(values)
 
@@ -249,12 +249,12 @@ def ask(self:Story, told) -> tuple | None:
 def problem(self:Story, family="") -> Problem | None:
     "The problem of all facts. None where an amount is too small or too large, or the largest is none."
     rng, s = self.rng, self.situation
-    facts = rng.sample(self.facts, len(self.facts)) if rng.random() < .3 else self.facts
+    facts = rng.sample(self.facts, len(self.facts)) if rng.random() < .15 else self.facts
     told = [f.who for f in facts]
     if not (asked := self.ask(told)) or not all(2 <= v <= MOST for v in (asked[2], *self.values.values())): return None
     question, last, answer = asked
     text = [rng.choice(s.intros), *(f.tell(s) for f in facts)]
     text = [question, *text] if rng.random() < .15 else [*text, question]
-    by_depth = levels([step for f in self.facts for step in self.steps[f.who]])
-    steps = [step for level in by_depth for step in sorted(level, key=lambda step: told.index(step.name.split(",")[0]))]
-    return Problem(" ".join(text), answer, "words", [*steps, *last], "", f"The answer is \\boxed{{{answer}}}.", family)
+    steps, as_told = [], [step for f in facts for step in self.steps[f.who]]
+    while ready := ready_steps(as_told, {s.name for s in steps}): steps.append(ready[0])
+    return Problem(" ".join(text), answer, "words", [*steps, *last], "", f" The answer is \\boxed{{{answer}}}.", family)

@@ -107,7 +107,7 @@ def exercises(rng) -> Problem:
     def result(amount): return f"the result is {amount}"
     steps = [worked(f"{i}: {asked}", (), "", result, lead, equations) for i, (asked, lead, equations) in enumerate(drawn, 1)]
     question, answer = f"{TASK}{listed([asked for asked, *_ in drawn])}.", drawn[-1][2][-1].split("=")[1]
-    return Problem(question, answer, "words", steps, "", f"The answer is \\boxed{{{answer}}}.", "exercises")
+    return Problem(question, answer, "words", steps, "", f" The answer is \\boxed{{{answer}}}.", "exercises")
 
 # %% ../nbs/31_words.ipynb #a6d71eda
 def mixture(
