@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from helpers import TOKENIZERS
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +22,7 @@ from threadweaver_ref.adapt import (Plan, adapt, answer_limits, evaluation_probl
 from threadweaver_ref.domains import Problem, RandomForks, Sequential, Step, training_problem, write_rows
 from threadweaver_ref.format import render
 from threadweaver_ref.forkjoin import ForkJoin, Limits
-from threadweaver_ref.model import load_policy, save_policy
+from threadweaver_ref.model import load_policy, save_policy, tiny_model
 from threadweaver_ref.replay import play
 from threadweaver_ref.tokenizer import char_tokenizer
 from threadweaver_ref.yourdata import Row, Rows, read_yours, row_data
@@ -298,6 +299,15 @@ def test_check(run, data):
     data.write_text(json.dumps({"question": "?", "answer": "1", "steps": [{"name": n, "work": "x", "outline": n} for n in "ab"]}))
     code, out, _ = run("check", data, "--join", "result")
     assert code == 1 and f"{data}, line 1: step 'b' has no result" in out and run("check", data)[0] == 0
+
+
+def test_check_says_where_blanks_stand_badly(run, tmp_path):
+    tokenizer, data = TOKENIZERS["bpe"](), tmp_path / "yours.jsonl"
+    save_policy(tiny_model("mini", tokenizer), tokenizer, tmp_path / "base")
+    def row(*texts): return {"question": "".join(texts), "answer": "1", "steps": [{"name": t, "work": t, "outline": "o"} for t in texts]}
+    data.write_text("\n".join(map(json.dumps, [row("one. ", "two. "), row(" one.", " two."), row("two. ", "three. ")])))
+    said = "2 rows have a blank where a fork could be, which is a token of its own there: write it in front of the next step's text\n"
+    assert run("check", data, "--base", tmp_path / "base")[1].endswith(said) and "blank" not in run("check", data, "--base", "mini-sft")[1]
 
 
 def test_rewrite(run, tmp_path):

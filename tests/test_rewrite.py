@@ -20,9 +20,9 @@ def sequential(row): return render(Sequential().arrange(problem_of(row)))
 
 
 @pytest.mark.parametrize("trace, pieces", [
-    ("a. b; c", ["a. ", "b; ", "c"]), ("a 1.5 b.\nc\n\nd", ["a 1.5 b.\n", "c\n\n", "d"]), ("one", ["one"]), ("  a! b? ", ["  a! ", "b? "]),
-    ("one. two. \n", ["one. ", "two. \n"]), ("One is 1.  Two is 2.", ["One is 1.  ", "Two is 2."]), ("a\r\n\r\nb\r\n", ["a\r\n\r\n", "b\r\n"]),
-    ("a\n  \n  b", ["a\n  \n", "  b"]), ("1. Ann 3*4=12. 2. Bob 5*7=35.", ["1. Ann 3*4=12. ", "2. Bob 5*7=35."]), (" \n", [" \n"])])
+    ("a. b; c", ["a.", " b;", " c"]), ("a 1.5 b.\nc\n\nd", ["a 1.5 b.\n", "c\n\n", "d"]), ("one", ["one"]), ("  a! b? ", ["  a!", " b? "]),
+    ("one. two. \n", ["one.", " two. \n"]), ("One is 1.  Two is 2.", ["One is 1.", "  Two is 2."]), ("a\r\n\r\nb\r\n", ["a\r\n\r\n", "b\r\n"]),
+    ("a\n  \n  b", ["a\n  \n", "  b"]), ("1. Ann 3*4=12. 2. Bob 5*7=35.", ["1. Ann 3*4=12.", " 2. Bob 5*7=35."]), (" \n", [" \n"])])
 def test_pieces(trace, pieces): assert cut(trace) == pieces
 
 
@@ -63,16 +63,16 @@ def test_outlines_say_no_result(text, said): assert outline(text) == said
 def test_a_trace_by_rules():
     made = rewrite(ROW)
     assert row_faults(made) == [] and sequential(made) == TRACE and made["family"] == "bills" and "text" not in made
-    assert [s["needs"] for s in made["steps"]] == [[], [], ["s1", "s2"]] and made["closing"] == "\\boxed{13}"
-    assert made["steps"][0]["work"] == "" and made["steps"][0]["result"] == "Ann buys 3 pens for 4 each: 3*4=12. "   # one piece: all of it goes back
-    assert made["steps"][2]["work"] == "Together they pay 12+35=47. " and made["steps"][2]["result"] == "They have 60, so 60-47=13 is left. "
+    assert [s["needs"] for s in made["steps"]] == [[], [], ["s1", "s2"]] and made["closing"] == " \\boxed{13}"
+    assert made["steps"][0]["work"] == "" and made["steps"][0]["result"] == "Ann buys 3 pens for 4 each: 3*4=12."   # one piece: all of it goes back
+    assert made["steps"][2]["work"] == " Together they pay 12+35=47." and made["steps"][2]["result"] == " They have 60, so 60-47=13 is left."
     first = WheneverReady().arrange(problem_of(made))[0]
     assert isinstance(first, Fork) and first.outlines == ["Ann buys 3 pens for 4 each", "Bob buys 5 books for 7 each"]
 
 
 def test_an_opening_and_a_closing():
     made = rewrite({**ROW, "text": "Let me think. " + TRACE.replace("\\boxed{13}", "So it is \\boxed{13}. Done. ")})
-    assert made["opening"] == "Let me think. " and made["closing"] == "So it is \\boxed{13}. Done. " and len(made["steps"]) == 3
+    assert made["opening"] == "Let me think." and made["closing"] == " So it is \\boxed{13}. Done. " and len(made["steps"]) == 3
 
 
 def test_random_traces_stay_as_they_are():

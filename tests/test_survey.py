@@ -11,7 +11,8 @@ from threadweaver_ref.format import CONTROL_TOKENS, parse, render, token_counts
 from threadweaver_ref.forkjoin import ForkJoin, Limits
 from threadweaver_ref.replay import play, replay
 from threadweaver_ref.report import text_length
-from threadweaver_ref.survey import could_fork, few_orders, join_faults, least_budget, survey, token_faults, training_items, without_forks
+from threadweaver_ref.survey import (could_fork, few_orders, join_faults, least_budget, split_blanks, survey, token_faults, training_items,
+                                     without_forks)
 from threadweaver_ref.tokenizer import encode_prompt
 from threadweaver_ref.yourdata import Row
 
@@ -64,6 +65,20 @@ def test_a_survey_by_hand():
     assert (found["rows"], found["steps"], found["text"], found["question"], found["could_fork"], found["texts_with_forks"]) == (5, 2, 2, 1, 1, 1)
     assert found["best_flat"] == found["largest"] == found["whenever_ready"] == never / forked and found["pays"] == 1 and found["never"] == never
     assert found["train"] + found["dev"] + found["test"] == 5 and "best_flat" not in survey(rows[1:], char_length)
+
+
+def test_blanks_that_a_fork_would_cut_off():
+    def row(*texts, needs=(), opening="", text=""):
+        steps = [Step(f"{i}", needs if i else (), "o", t) for i, t in enumerate(texts)]
+        return Row(1, Problem("?", "1", "yours", steps, opening, "\\boxed{1}" if steps else ""), text)
+    fork = "<Parallel><Outlines><Outline>1:a</Outline></Outlines><Thread>1:b </Thread></Parallel>"
+    kinds = {"behind": row("one. ", "two. "), "in front": row(" one.", " two."), "lines": row("one.\n", "two.\n"),
+             "chain": row("one. ", "two. ", needs=("0",)),
+             "opening": row(" one.", " two.", opening="So: "),
+             "text": row(text=f"one. {fork} \\boxed{{1}}"), "text in front": row(text=f"one.{fork} \\boxed{{1}}")}
+    found = {name: split_blanks(r, TOKENIZERS["bpe"]()) for name, r in kinds.items()}
+    assert [name for name, cut in found.items() if cut] == ["behind", "opening", "text"]
+    assert not any(split_blanks(r, TOKENIZERS["char"]()) for r in kinds.values())
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

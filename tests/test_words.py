@@ -222,7 +222,8 @@ def test_english(name):
             assert not re.search(r"\ba [aeiou]|\ban (?!hour)[^aeiou]", text) and not re.search(r"\b[01] [a-z]", text), text
         for t in re.split(r"(?<=[.?]) ", p.question): assert re.match(r"[A-Z]", t), p.question
         for s in p.steps:
-            assert re.match(r" [A-Z]", s.text) and s.text.endswith(".") and (not s.work or s.result[0] == " ") and not s.outline.endswith((".", " ")) and 3 < len(s.outline.split()) < 19
+            assert re.match(r" [A-Z]", s.text) and s.text.endswith(".") and (not s.work or s.result[0] == " ")
+            assert not s.outline.endswith((".", " ")) and 3 < len(s.outline.split()) < 19
             assert not re.search(r"\d", s.outline)
 
 

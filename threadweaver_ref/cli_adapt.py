@@ -51,7 +51,7 @@ def check(
     from threadweaver_ref.adapt import Plan, start, usable, window_of
     from threadweaver_ref.domains import char_length
     from threadweaver_ref.report import text_length
-    from threadweaver_ref.survey import survey
+    from threadweaver_ref.survey import split_blanks, survey
     found = _read(data, err=False)
     model, tokenizer = start(Plan(base, join=join)) if base else (None, None)
     rows, faults = usable(found.rows, tokenizer, model and window_of(model), join)
@@ -59,6 +59,8 @@ def check(
     _left_out(data, faults, err=False)
     bad = len({f.line for f in [*found.faults, *faults]})
     typer.echo("\n".join(_survey_lines(survey(rows, length), bad, f"tokens of {base}" if base else "characters")))
+    split = sum(split_blanks(r, tokenizer) for r in rows) if base else 0
+    if split: typer.echo(f"{split} rows have a blank where a fork could be, which is a token of its own there: write it in front of the next step's text")
     if bad: raise typer.Exit(1)
 
 

@@ -15,9 +15,9 @@ from .yourdata import row_faults
 
 # %% ../nbs/32b_rewrite.ipynb #f07ceb7f
 def cut(trace: str) -> list:
-    "A trace in pieces: lines, or in a single line sentences (they end in `.`, `;`, `!` or `?` before white space). Joined they are the trace."
+    "A trace in pieces: lines, or in a single line sentences (`.`, `;`, `!` or `?` ends one, white space begins the next). Joined they are the trace."
     if "\n" in trace.strip(): return [piece for piece in re.split(r"(?<=\n)(?=[^\S\n]*\S)", trace) if piece]   # before lines that are not blank
-    return re.findall(r"(?:\s*\d+[.)]\s+)?.+?(?:[.;!?]\s+(?=\S)|\Z)", trace, re.S)   # the number of a list stays with its sentence
+    return re.findall(r"\s*(?:\d+[.)]\s+)?\S.*?(?:[.;!?](?=\s+\S)|\Z)", trace, re.S) or [trace]   # the number of a list stays with its sentence
 
 # %% ../nbs/32b_rewrite.ipynb #1f28cf5f
 _NUMBER = r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)"
