@@ -306,7 +306,7 @@ def test_check_says_where_blanks_stand_badly(run, tmp_path):
     save_policy(tiny_model("mini", tokenizer), tokenizer, tmp_path / "base")
     def row(*texts): return {"question": "".join(texts), "answer": "1", "steps": [{"name": t, "work": t, "outline": "o"} for t in texts]}
     data.write_text("\n".join(map(json.dumps, [row("one. ", "two. "), row(" one.", " two."), row("two. ", "three. ")])))
-    said = "2 rows have a blank where a fork could be, which is a token of its own there: write it in front of the next step's text\n"
+    said = "2 rows have a blank where a fork could be, a token of its own there: write it in front of the next step's text\n"
     assert run("check", data, "--base", tmp_path / "base")[1].endswith(said) and "blank" not in run("check", data, "--base", "mini-sft")[1]
 
 

@@ -60,7 +60,7 @@ def check(
     bad = len({f.line for f in [*found.faults, *faults]})
     typer.echo("\n".join(_survey_lines(survey(rows, length), bad, f"tokens of {base}" if base else "characters")))
     split = sum(split_blanks(r, tokenizer) for r in rows) if base else 0
-    if split: typer.echo(f"{split} rows have a blank where a fork could be, which is a token of its own there: write it in front of the next step's text")
+    if split: typer.echo(f"{split} rows have a blank where a fork could be, a token of its own there: write it in front of the next step's text")
     if bad: raise typer.Exit(1)
 
 
