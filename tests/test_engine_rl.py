@@ -12,10 +12,10 @@ from training import adapters, in_two_processes
 
 from threadweaver_ref.checkpoint import digest
 from threadweaver_ref.decode import DecodeConfig, generate
-from threadweaver_ref.engine_rl import EngineRollouts, ratio_row, ratios
+from threadweaver_ref.engine_rl import EngineRollouts
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.model import add_lora, load_policy
-from threadweaver_ref.pgrpo import PGRPOConfig, train_pgrpo
+from threadweaver_ref.pgrpo import PGRPOConfig, ratio_row, ratios, train_pgrpo
 from threadweaver_ref.programs import mixture
 from threadweaver_ref.remote import Completion, EngineError, Request
 from threadweaver_ref.serve import CompletionsClient

@@ -20,7 +20,7 @@ from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import ForkJoin, Limits
 from threadweaver_ref.format import Fork, Text, Thread
 from threadweaver_ref.model import add_lora, decoding_copy, merge_lora
-from threadweaver_ref.pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies, roll_out, summary, train_pgrpo
+from threadweaver_ref.pgrpo import PGRPOConfig, RoundedRollouts, Speedup, drawn_problems, reference_latencies, roll_out, summary, train_pgrpo
 from threadweaver_ref.reward import group_advantages, reward
 from threadweaver_ref.schoolbook import sum_of_products
 from threadweaver_ref.scoring import collate, tree_logprobs
@@ -58,7 +58,7 @@ def run(folder=None, steps=4, own=False, paid=None, **options):
 BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
        (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(attention="flex"), "dense"),
        (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"),
-       (dict(weight_decay=-1.0), "below 0"),
+       (dict(weight_decay=-1.0), "below 0"), (dict(decode_dtype="half"), "choose bfloat16 or float16"),
        (dict(temperature=0.0), "at least 0.001"), (dict(temperature=float("nan")), "finite"),
        (dict(mixed_precision="fp16", optimizer="muon"), "adamw alone")]
 
@@ -70,7 +70,7 @@ def test_bad_settings(bad, message):
 def test_defaults_are_the_ones_written_down():
     assert asdict(PGRPOConfig()) == dict(
         asdict(TrainConfig()), steps=100, batch=16, weight_decay=0.0, save_every=25, mixed_precision="no", group=8, mode="parallel",
-        temperature=1.0, sequential=0.0, limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)), normalize="mean")
+        temperature=1.0, sequential=0.0, limits=asdict(Limits(max_tokens=2048, max_thread_tokens=1024)), normalize="mean", decode_dtype=None)
 
 
 def test_settings_of_rollouts_arrive(monkeypatch):
@@ -430,6 +430,39 @@ def test_a_resumed_run_asks_for_the_same_problems(monkeypatch, tmp_path):
     train_pgrpo(copy.deepcopy(model), tokenizer, sampler, config, lively)
     asked = [q for c in decoded for q in c[0][2][::2]]
     assert 2 <= len(asked) <= 6 and asked == [p.question for p in drawn_problems(sampler, config)][-len(asked):]
+
+
+# ---- in half precision
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_rounded_copy_rolls_out_and_the_model_stays_as_it_is(lora):
+    model, tokenizer = learner()
+    policy = add_lora(copy.deepcopy(model)) if lora else copy.deepcopy(model)
+    with torch.no_grad():
+        for n, p in policy.named_parameters():
+            if "lora_B" in n: p.normal_(0, .02, generator=torch.Generator().manual_seed(0))
+    config, half, before = PGRPOConfig(group=4, limits=SHORT), RoundedRollouts("bfloat16"), {n: p.clone() for n, p in policy.named_parameters()}
+    found = roll_out(policy, tokenizer, [PROBLEM], config, write=half)
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[n]) for n, p in policy.named_parameters())
+    whole = copy.deepcopy(policy)
+    by_hand = (merge_lora(whole) if lora else whole).to(torch.bfloat16)
+    assert [r.text for r in found] == [r.text for r in roll_out(by_hand, tokenizer, [PROBLEM], config)]
+    off, exact = half.measured(policy, found), half.measured(policy, roll_out(policy, tokenizer, [PROBLEM], config))
+    assert .1 > off["ratio_spread"] > 1e-3 > exact["ratio_off"] and exact["ratio_mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_run_says_how_far_off_its_rollouts_are(monkeypatch):
+    decoded = spied(monkeypatch, pgrpo, "generate")
+    (_, exact), (policy, rounded) = run(), run(decode_dtype="bfloat16")
+    assert not any("ratio_off" in row for row in exact) and all(1e-3 < row["ratio_off"] < .2 for row in rounded)
+    assert [next(args[0].parameters()).dtype for args, _ in decoded] == [torch.float32] * 4 + [torch.bfloat16] * 4
+    assert next(policy.parameters()).dtype == torch.float32 and any(row["grad_norm"] for row in rounded)
+
+
+def test_references_are_decoded_as_the_rollouts_are(monkeypatch):
+    (model, tokenizer), decoded = learner(), spied(monkeypatch, pgrpo, "generate")
+    for dtype in (None, "bfloat16"): reference_latencies(model, tokenizer, [PROBLEM], PGRPOConfig(limits=SHORT, decode_dtype=dtype))
+    assert [next(args[0].parameters()).dtype for args, _ in decoded] == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])

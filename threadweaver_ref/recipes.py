@@ -151,7 +151,7 @@ def _adapted(model, recipe):
 def kept_references(model, tokenizer, problems, config) -> dict:
     "L_ref of every problem that a P-GRPO run will see, by question, of the model it starts from; kept beside the run's folder."
     problems, kept = drawn_problems(problems, config), Path(f"{config.folder}-references.json") if config.folder else None
-    of = [digest(model), training_set(problems)]
+    of = [digest(model), training_set(problems), config.decode_dtype]
     if kept and kept.is_file() and (there := json.loads(kept.read_text()))["of"] == of: return there["latencies"]
     found = reference_latencies(model, tokenizer, problems, config)
     if kept and PartialState().is_main_process:
