@@ -371,8 +371,8 @@ def test_a_user_registers_a_domain(monkeypatch):
     assert get_domain("doubles") is doubles and get_domain("doubles")(None, n=4).answer == "8"
     assert grade(r"\boxed{YES}", shouted(None)) and not grade(r"\boxed{YES}", replace(shouted(None), domain="elsewhere"))
     assert not grade("YES", shouted(None)) and grade(r"\boxed{yes}", replace(shouted(None), domain="elsewhere"))
-    with pytest.raises(ValueError, match="unknown domain 'x': choose one of programs, loops, schoolbook, words, doubles, shouted"): get_domain("x")
-    assert domain_names() == ["programs", "loops", "schoolbook", "words", "doubles", "shouted"] and families_of("doubles") == ["doubles"]
+    with pytest.raises(ValueError, match="unknown domain 'x': choose one of programs, loops, schoolbook, words, gsm8k, doubles, sh"): get_domain("x")
+    assert domain_names() == [*domains.SHIPPED, "doubles", "shouted"] and families_of("doubles") == ["doubles"]
 
 
 # ---- shipped domains, families, splits
@@ -383,12 +383,13 @@ def test_shipped_domains_are_imported_when_they_are_asked_for():
 import sys
 from threadweaver_ref.domains import *
 from threadweaver_ref.domains import DOMAINS, SHIPPED
-def there(): return [n for n in SHIPPED if f"threadweaver_ref.{n}" in sys.modules]
-assert domain_names() == ["programs", "loops", "schoolbook", "words"] and not there() and not DOMAINS
+def there(): return [n for n, module in SHIPPED.items() if f"threadweaver_ref.{module}" in sys.modules]
+assert domain_names() == ["programs", "loops", "schoolbook", "words", "gsm8k"] and not there() and not DOMAINS
 assert grade(chr(92) + "boxed{1}", Problem("?", 1, "nobody's")) and not there()
 assert families_of("programs")[0] == "wide" and there() == ["programs"]
 assert find_domain("schoolbook").samplers.keys() == {"mixture", "decisions"} and there() == ["programs", "schoolbook"] == list(DOMAINS)
-assert len(families_of("loops")) == 42 and len(families_of("words")) == 10 and there() == list(SHIPPED)
+assert len(families_of("loops")) == 42 and len(families_of("words")) == 10 and there() == list(SHIPPED)[:4]
+assert families_of("gsm8k") == ["gsm8k"] and there() == list(SHIPPED)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr

@@ -57,7 +57,7 @@ def domain(
     return sampler
 
 # %% ../nbs/08c_domains.ipynb #0d864d00
-SHIPPED = "programs", "loops", "schoolbook", "words"   # modules that register the domain of their name; imported when it is asked for
+SHIPPED = {n: n for n in ("programs", "loops", "schoolbook", "words")} | {"gsm8k": "questions"}   # domain -> module, imported if asked for
 
 def allowed(
     names,    # any number of names
@@ -73,7 +73,7 @@ def domain_names() -> list:
 
 def find_domain(name: str) -> Domain:
     "What is registered of a domain. Raises `ValueError` that names the known ones."
-    if name in SHIPPED and name not in DOMAINS: importlib.import_module(f"threadweaver_ref.{name}")
+    if name in SHIPPED and name not in DOMAINS: importlib.import_module(f"threadweaver_ref.{SHIPPED[name]}")
     if name not in DOMAINS: raise ValueError(f"unknown domain {name!r}: choose one of {allowed(domain_names())}")
     return DOMAINS[name]
 
