@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from threadweaver_ref.course import random_text, random_trajectory  # noqa: F401
 from threadweaver_ref.format import Fork
+from threadweaver_ref.hub import PACKAGED, kept_folder
+from threadweaver_ref.model import shipped_policies
 from threadweaver_ref.tokenizer import add_control_tokens, char_tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -82,3 +84,10 @@ def spied(monkeypatch, owner, name):
         return real(*args, **named)
     monkeypatch.setattr(owner, name, spy)
     return calls
+
+
+def policies_at_hand():
+    "Name -> folder of the shipped policies that need no pretrained base, or whose base is kept on this machine."
+    bases = {name: json.loads((f / "adapter_config.json").read_text())["base_model_name_or_path"] if (f / "adapter_config.json").is_file() else None
+             for name, f in shipped_policies().items()}
+    return {name: f for name, f in shipped_policies().items() if bases[name] not in PACKAGED or kept_folder(bases[name]).is_dir()}

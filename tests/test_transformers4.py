@@ -6,9 +6,9 @@ import sys
 import sysconfig
 
 import pytest
-from helpers import DATA
+from helpers import DATA, policies_at_hand
 
-from threadweaver_ref.model import add_lora, load_policy, save_policy, shipped_policies, tiny_model
+from threadweaver_ref.model import add_lora, load_policy, save_policy, tiny_model
 from threadweaver_ref.tokenizer import char_tokenizer
 
 TEXTS = ["12*3+4*5?", "a=48/2;b=a+7;b?", "<Parallel><Outlines><Outline>1:a=1*2</Outline>", "nothing it knows: ö\n"]
@@ -57,7 +57,7 @@ def test_shipped_policies_in_transformers_4(python4, tmp_path):
     save_policy(*load_policy("schoolbook-sft", device="cpu"), tmp_path / "again")
     adapted, tokenizer = load_policy("schoolbook-sft", device="cpu")
     save_policy(add_lora(adapted, r=2), tokenizer, tmp_path / "adapter")
-    folders = [*shipped_policies().values(), tmp_path / "new", tmp_path / "again", tmp_path / "adapter"]
+    folders = [*policies_at_hand().values(), tmp_path / "new", tmp_path / "again", tmp_path / "adapter"]
     (old, theirs), (new, ours) = read(python4, folders), read(sys.executable, folders)
     assert old.startswith("4.57") and not new.startswith("4")
     for folder in map(str, folders): assert theirs[folder] == ours[folder], folder
