@@ -10,20 +10,19 @@ import functools
 import re
 
 from .domains import Problem, data_dir, domain, split_of
+from .gsm8k import CALCULATION
 from .report import read_lines
 from .rewrite import outline
 from .steps import Step
 
 # %% ../nbs/32e_questions.ipynb #39c15ca9
-_CALCULATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")   # expression, result
-
 def line_groups(solution: str) -> list:
     "The lines of a solution in groups, each with a calculation (but for a solution without any); white space is made even."
     groups = []
     for line in (" ".join(line.split()) for line in solution.rpartition("####")[0].split("\n") if line.strip()):
-        if groups and not _CALCULATION.search(groups[-1][-1]): groups[-1].append(line)
+        if groups and not CALCULATION.search(groups[-1][-1]): groups[-1].append(line)
         else: groups.append([line])
-    if len(groups) > 1 and not _CALCULATION.search(groups[-1][-1]): groups[-2:] = [groups[-2] + groups[-1]]
+    if len(groups) > 1 and not CALCULATION.search(groups[-1][-1]): groups[-2:] = [groups[-2] + groups[-1]]
     return [" ".join(group) for group in groups]
 
 # %% ../nbs/32e_questions.ipynb #5e3b8a9e
@@ -43,12 +42,12 @@ def solution_steps(
     "`Step`s, one for each line with a calculation. Without the annotations, joined they are the solution."
     steps, maker = [], {}   # maker: value -> number of the step that calculated it last
     for i, said in enumerate(line_groups(solution), 1):
-        plain = _CALCULATION.sub("", said)
-        used = _numbers(plain).union(*(_numbers(expression) for expression, _ in _CALCULATION.findall(said)))
+        plain = CALCULATION.sub("", said)
+        used = _numbers(plain).union(*(_numbers(expression) for expression, _ in CALCULATION.findall(said)))
         needs = sorted({maker[v] for v in used if v in maker})
         aim = outline(said.partition("<<")[0])   # up to the first result
         steps.append(Step(f"s{i}", [f"s{n}" for n in needs], aim, "", f" {plain}" if plain[-1:] in ".!?" else f" {plain}."))
-        maker.update({v: i for _, result in _CALCULATION.findall(said) for v in _numbers(result)})
+        maker.update({v: i for _, result in CALCULATION.findall(said) for v in _numbers(result)})
     return steps
 
 # %% ../nbs/32e_questions.ipynb #71cd6ed2
@@ -58,7 +57,7 @@ def gsm8k_problems(which: str) -> dict:
     found = {}
     for row in read_lines(data_dir() / "gsm8k" / f"{which}.jsonl.gz"):
         answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
-        steps = solution_steps(row["answer"]) if _CALCULATION.search(row["answer"]) else []
+        steps = solution_steps(row["answer"]) if CALCULATION.search(row["answer"]) else []
         closing = f" The answer is \\boxed{{{answer}}}." if steps else ""
         found[row["question"]] = Problem(row["question"], answer, "gsm8k", steps, "", closing, "gsm8k")
     return found
