@@ -135,10 +135,11 @@ def _loaded(policy, dtype):
     "(model, tokenizer) to decode with, in a number format."
     import torch
 
-    from threadweaver_ref.model import decoding_copy, load_policy
+    from threadweaver_ref.model import load_policy
+    from threadweaver_ref.pgrpo import rounded_copy
     if dtype not in ("float32", "bfloat16"): raise ValueError(f"unknown dtype {dtype!r}: choose float32 or bfloat16")
     model, tokenizer = load_policy(policy)
-    return (model if dtype == "float32" else decoding_copy(model).to(torch.bfloat16)), tokenizer
+    return (model if dtype == "float32" else rounded_copy(model, torch.bfloat16)), tokenizer
 
 
 def _mixed(families, n): return [p for some in zip(*(ps[:n] for ps in families.values())) for p in some]   # of every family in turn
