@@ -68,6 +68,7 @@ def test_an_adapter_as_a_base_is_merged_or_refused(rows, tmp_path):
     adapt(rows, tmp_path, Plan("mini-sft", **{**LITTLE, "rl_steps": 0}, lora=4, lr=.01))
     merged, _ = start(Plan(str(tmp_path / "policy")))
     assert not isinstance(merged, PeftModel) and not same(merged, load_policy("mini-sft", device="cpu")[0])
+    assert all(p.requires_grad for p in merged.parameters())   # it was loaded for decoding
     with pytest.raises(ValueError, match="is an adapter, on which no other can be put: export it"): start(Plan(str(tmp_path / "policy"), lora=4))
 
 
@@ -94,6 +95,9 @@ def test_limits_of_an_answer():
     assert answer_limits([forked], tokenizer) == answer_limits([row], tokenizer)
     assert answer_limits([Row(1, Problem("?", "1", "yours"), "z" * 200)], tokenizer).max_tokens == 32 + 3 * 201 // 2
     assert answer_limits([Row(1, Problem("?", "1", "yours"))], tokenizer).max_tokens == 2048
+    usual, many = answer_limits([row], tokenizer), [Step(str(i), (), "o", "x") for i in range(40)]
+    wide = answer_limits([row, Row(1, Problem("?", "1", "yours", many, closing="\\boxed{1}"))], tokenizer)
+    assert (usual.max_threads, usual.max_forks, usual.max_depth) == (32, 16, 3) and (wide.max_threads, wide.max_forks, wide.max_depth) == (40, 16, 3)
 
 
 def test_a_fork_of_unequal_threads_fits_into_the_limits():
@@ -177,6 +181,41 @@ def test_a_killed_training_goes_on_to_the_same_weights(rows, tmp_path, stage):
     with pytest.raises(ValueError, match="holds a run with another"): adapt(rows, tmp_path / "killed", replace(plan, lr=1e-4))
 
 
+def test_what_each_stage_is_handed(rows, tmp_path, monkeypatch):
+    "Settings that no result of a few steps would show: what is kept, how far rates fall, what a right answer is paid."
+    handed = {}
+    def take(name, result): return lambda *args, **options: handed.update({name: args}) or result
+    monkeypatch.setattr(adapting, "train_sft", take("sft", [{}]))
+    monkeypatch.setattr(adapting, "sample_kept", take("sampled", []))
+    monkeypatch.setattr(adapting, "kept_trees", lambda path, of, sample: sample())
+    monkeypatch.setattr(adapting, "train_on_kept", take("kept", [{}]))
+    monkeypatch.setattr(adapting, "train_pgrpo", take("rl", [{}]))
+    monkeypatch.setattr(adapting, "kept_references", lambda model, tokenizer, problems, config: {p.question: 100 for p in problems})
+    steps = [Step("a", (), "a", "A"), Step("b", (), "b", "B")]
+    forked = render(RandomForks(1, whole=1).arrange(Problem("?", "1", "yours", steps, closing="\\boxed{1}")))
+    texts = [Row(i, Problem(q, "1", "yours"), forked) for i, q in enumerate(f"{i}?" for i in range(90))]
+    texts = Rows([r for r in texts if r.split == "train"])
+    for twin in (False, True):
+        adapt(texts, tmp_path / str(twin), Plan("mini-sft", selftrain=3, twin=twin, lr=.02))
+        trees, rl = handed["sft"][2], handed["rl"][3]
+        assert any(len(t) > 2 for t in trees) is not twin                           # a twin sees no fork, of texts either
+        _, _, problems, decoding, group, better = handed["sampled"]
+        assert len(problems) == 3 and group == 4 and (decoding.mode, decoding.temperature) == ("sequential" if twin else "parallel", 1.0)
+        slow, fast = (type("R", (), {"token_latency": n})() for n in (90, 50))
+        assert better(fast, None) > better(slow, None)
+        assert handed["kept"][3].lr == .002 and (rl.temperature, rl.sequential) == (.7, 0 if twin else .2)
+        assert (handed["rl"][4].rho, handed["rl"][4].clip) == (1, .8) and set(handed["rl"][4].references.values()) == {100}
+
+
+def test_a_policy_of_another_kind_is_replaced(rows, tmp_path):
+    "An adapter, then a whole model, into one folder: no file of the first stays beside the second."
+    adapt(rows, tmp_path, Plan("mini-sft", **{**LITTLE, "rl_steps": 0}, lora=4))
+    shutil.rmtree(tmp_path / "runs")
+    whole, *_ = adapt(rows, tmp_path, Plan("mini-sft", **{**LITTLE, "rl_steps": 0}))
+    assert not (tmp_path / "policy" / "adapter_config.json").exists() and same(whole, load_policy(tmp_path / "policy", device="cpu")[0])
+    assert {f.name for f in tmp_path.iterdir()} == {"runs", "policy", "plan.json"}
+
+
 def test_two_processes_adapt_as_one_does(data, tmp_path):
     "All three stages, by the command: one policy comes out, and what is said is said once."
     command = [sys.executable, "-m", "threadweaver_ref.cli", "adapt", "train", "--base", "mini-sft", "--data", str(data), "--sft-steps", "1",
@@ -227,17 +266,18 @@ def test_what_is_evaluated():
 
 def test_the_twin_is_what_the_others_are_compared_with(rows):
     problems = [r.problem for r in rows.rows[:3]]
-    assert [*measure("mini-sft", problems, longest=300)] == ["sequential", "parallel"]
-    reports = measure("mini-sft", problems, "mini-sft", longest=300)
+    limits = Limits(max_tokens=300, max_thread_tokens=300)
+    assert [*measure("mini-sft", problems, limits=limits)] == ["sequential", "parallel"]
+    reports = measure("mini-sft", problems, "mini-sft", limits=limits)
     assert [*reports] == ["twin", "sequential", "parallel"] and all(len(r.rows) == 3 for r in reports.values())
     assert all(r["forks"] == 0 for name in ("twin", "sequential") for r in reports[name].rows)
 
 
 def test_limits_of_an_evaluation(rows):
     problems = [r.problem for r in rows.rows[:1]]
-    found = [measure("mini-sft", problems, longest=n)["parallel"].about["settings"]["limits"] for n in (None, 50, 3000)]
-    wanted = answer_limits(rows.rows[:1], char_tokenizer()).max_tokens
-    assert all(f"max_tokens={n}, max_thread_tokens={n}" in f for f, n in zip(found, (wanted, 50, 3000)))
+    given = Limits(40, 50, 60, 70, 70)
+    found = [measure("mini-sft", problems, limits=limits)["parallel"].about["settings"]["limits"] for limits in (None, given)]
+    assert found == [str(answer_limits(rows.rows[:1], char_tokenizer())), str(given)]
 
 
 def test_the_join_that_a_policy_was_trained_with(tmp_path):
@@ -381,7 +421,7 @@ def test_train_eval_export(run, data, tmp_path):
     assert f"saved {tmp_path / 'run' / 'policy'} after" in out
     (tmp_path / "run" / "plan.json").write_text(json.dumps({"join": "kv"}))   # as if it had been trained so
     code, out, err = run("eval", "--policy", tmp_path / "run", "--data", data, "--problems", 1, "--out", tmp_path / "other")
-    assert code == 0 and "no twin to compare with: train one with --twin, into run/twin" in err
+    assert code == 0 and "no twin to compare with: train one with `adapt train --twin --out run`" in err
     about = json.loads((tmp_path / "other" / "parallel.jsonl").read_text().splitlines()[0])
     longest = answer_limits(read_yours(data).rows, char_tokenizer()).max_tokens
     assert about["settings"]["join"] == "kv" and about["command"].endswith(f"--join kv --longest {longest}")
@@ -394,6 +434,8 @@ def test_train_eval_export(run, data, tmp_path):
     about = json.loads((tmp_path / "results" / "twin.jsonl").read_text().splitlines()[0])
     assert about["command"] == "threadweaver-ref adapt eval --policy run --data yours.jsonl --split dev --batch 64 --join concat --longest 200"
     assert str(tmp_path) not in json.dumps(about)
+    code, out, err = run("eval", "--policy", "mini-sft", "--data", data, "--longest", 50, "--problems", 1, "--twin", tmp_path / "run" / "twin")
+    assert code == 0 and "speedup over twin" in out
     code, out, _ = run("export", "--policy", tmp_path / "run", "--out", tmp_path / "exported")
     assert code == 0 and (tmp_path / "exported" / "model.safetensors").is_file() and "log-probabilities differ by at most" in out
 

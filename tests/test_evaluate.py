@@ -172,7 +172,7 @@ def test_a_question_with_a_line_of_its_own_is_kept_when_a_run_goes_on(tmp_path, 
     (dict(config=replace(SHORT, mode="sequential")), "mode"), (dict(config=replace(SHORT, join="kv")), "join"),
     (dict(config=replace(SHORT, limits=Limits(max_tokens=6))), "limits"), (dict(config=replace(SHORT, seed=1)), "seed"),
     (dict(problems=PROBLEMS[:4]), "problems"), (dict(problems=[*PROBLEMS[:4], parse("a=1+2;a?")]), "problems"),
-    (dict(problems=PROBLEMS[::-1]), "problems"),
+    (dict(problems=PROBLEMS[::-1]), "problems"), (dict(problems=[replace(PROBLEMS[0], answer="?"), *PROBLEMS[1:]]), "problems"),   # graded anew
     (dict(model=tiny("Qwen3", CHAR, seed=1)), "policy"), (dict(model=tiny("Qwen2", CHAR)), "policy")], ids=lambda x: x if isinstance(x, str) else "")
 def test_a_file_of_another_run_is_refused_and_left_alone(tmp_path, whole, other, said):
     (tmp_path / "a").write_text(whole[1], encoding="utf-8")

@@ -76,6 +76,15 @@ def shelf(tmp_path, monkeypatch):
     return folder
 
 
+def test_one_kind_of_policy_a_folder(policy, tmp_path):
+    "A whole model beside an adapter would be loaded with the adapter on top, whoever saved it there."
+    adapted = add_lora(load_policy(policy, device="cpu")[0], r=2)
+    with pytest.raises(ValueError, match="holds a whole model already .config.json.: choose another folder"): save_policy(adapted, TOKENIZER, policy)
+    for _ in range(2): save_policy(adapted, TOKENIZER, tmp_path / "adapter")   # the same kind again is a new version
+    with pytest.raises(ValueError, match="holds an adapter already"): save_policy(narrow(), TOKENIZER, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists() and not (policy / "adapter_config.json").exists()
+
+
 def refusal(*args, **options):
     with pytest.raises(ValueError) as refused: load_policy(*args, device="cpu", **options)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500

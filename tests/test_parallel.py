@@ -1,4 +1,5 @@
 """`generate(custom_generate=...)`: in this process, and from a folder where this package is not installed."""
+import contextlib
 import copy
 import os
 import random
@@ -113,6 +114,19 @@ def test_every_end_of_the_model_ends_a_text(tiny_rl, monkeypatch):
     monkeypatch.setattr(model, "generation_config", config)
     ids = padded(tokenizer, ["a=1+2;b=a*3;b?"])["input_ids"]
     assert tokenizer.decode(parallel_generate(model, ids, tokenizer=tokenizer)[0]).endswith(";")
+
+
+def test_what_a_caller_asks_for_is_done_or_refused(tiny_rl):
+    model, tokenizer = tiny_rl
+    ids = padded(tokenizer, ["a=1+2;b=a*3;b?"])["input_ids"]
+    def said(**options): return tokenizer.decode(parallel_generate(model, ids, tokenizer=tokenizer, max_new_tokens=60, **options)[0])
+    semicolon, four = (encode_text(tokenizer, c)[0] for c in ";4")
+    assert said(eos_token_id=semicolon).endswith(";") and said(eos_token_id=[semicolon, four]).endswith(";") != said().endswith(";")
+    assert said(repetition_penalty=5.0) != said() == said(repetition_penalty=1.0)
+    assert "=" in said()[15:] and "=" not in said(suppress_tokens=encode_text(tokenizer, "="))[15:]
+    for name, n in (("num_beams", 4), ("num_return_sequences", 2), ("max_length", 90)):
+        with pytest.raises(ValueError, match=name): said(**{name: n})
+        with pytest.raises(ValueError) if name != "max_length" else contextlib.nullcontext(): said(generation_config=GenerationConfig(**{name: n}))
 
 
 @pytest.mark.parametrize("window", [6, 12, 30])

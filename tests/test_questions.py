@@ -86,6 +86,7 @@ def test_every_arrangement_is_well_formed_and_right():
 
 
 @pytest.mark.parametrize("said, right", [("1200", True), ("1,200", True), ("$1,200.00", True), ("1200.", True), ("1201", False),
-                                         ("12 00 or so", False), ("", False)])
+                                         ("12 00 or so", False), ("", False), ("1,2,0,0", False), ("12 00", False), ("12$00", False),
+                                         ("1_200", False), ("$ 1,200", True), ("1200%", True), ("-1200", False), ("1,2000", False), (".", False)])
 def test_answers_as_people_write_them(said, right):
     assert same_number(said, Problem("?", "1200", "gsm8k")) == right == grade(f"It is \\boxed{{{said}}}", Problem("?", "1200", "gsm8k"))

@@ -34,18 +34,23 @@ def test_pieces_joined_are_the_trace():
         assert all(piece.strip() for piece in cut(trace)[1:])   # blank lines in front of everything are the opening's
 
 
-@pytest.mark.parametrize("question, pieces, needs", [
-    ("3 and 4", ["3*4=12.", "12+1=13.", "13*2=26."], [set(), {0}, {1}]),
-    ("12?", ["3*4=12.", "12+1=13."], [set(), set()]),                       # 12 is given
-    ("?", ["3*4=12.", "6+6=12.", "12+1=13."], [set(), set(), {1}]),         # the last one that made it
-    ("?", ["x = 5.", "y = 7.", "So x+y=12."], [set(), set(), {0, 1}]),      # by name
-    ("?", ["The total is $1,200.", "Half of 1200 is 600."], [set(), {0}]),
-    ("?", ["A: lamp backwards: 4p 3m;", "A is pmal.", "B: A pmal in capitals: pP;", "B is PMAL."], [set(), {0}, {1}, {2}]),
-    ("?", ["A is x.", "B is x.", "C: box with x for o: bb;"], [set(), set(), set()]),   # a letter links nothing
-    ("?", ["It is 5.", "It rains."], [set(), set()]),                       # nor does a word that names nothing
-    ("?", ["3*4=12.", "120 and 1.12 and 12a."], [set(), set()]),            # whole numbers and words alone
-    ("?", ["Take x12 now.", "12+1=13."], [set(), set()]), ("?", ["5-7=-2.", "-2*3=-6."], [set(), {0}])])
-def test_links(question, pieces, needs): assert [p.needs for p in link(question, pieces)] == needs
+@pytest.mark.parametrize("pieces, needs", [
+    (["3*4=12.", "12+1=13.", "13*2=26."], [set(), {0}, {1}]),
+    (["3*4=12.", "So Bob has 12.", "12+1=13."], [set(), {0}, {0}]),         # said again, not made anew
+    (["3*4=12.", "Take 24.", "24+1=25."], [set(), set(), {1}]),
+    (["Ann has 5+7=12 pens.", "The rest is 12-3=9."], [set(), {0}]),        # 12 is calculated with, not made
+    (["5+7=12.", "The rest = 12 - 3 = 9.", "The rest of 12."], [set(), {0}, {0, 1}]),
+    (["30/2=15 are boys.", "So 30-15=15 are girls."], [set(), {0}]),        # of two 15 one is made
+    (["3*100=300m.", "So 300/10=30 parts."], [set(), {0}]), (["2.50+3=5.50.", "5.5*20=$110."], [set(), {0}]),
+    (["3*4=12.", "6+6=12.", "12+1=13."], [set(), set(), {1}]),              # the last one that made it
+    (["x = 5.", "y = 7.", "So x+y=12."], [set(), set(), {0, 1}]),           # by name
+    (["The total is $1,200.", "Half of 1200 is 600."], [set(), {0}]),
+    (["A: lamp backwards: 4p 3m;", "A is pmal.", "B: A pmal in capitals: pP;", "B is PMAL."], [set(), {0}, {1}, {2}]),
+    (["A is x.", "B is x.", "C: box with x for o: bb;"], [set(), set(), set()]),   # a letter links nothing
+    (["It is 5.", "It rains."], [set(), set()]),                            # nor does a word that names nothing
+    (["3*4=12.", "120 and 1.12 and 12a."], [set(), set()]),                 # whole numbers and words alone
+    (["Take x12 now.", "12+1=13."], [set(), set()]), (["5-7=-2.", "-2*3=-6."], [set(), {0}])])
+def test_links(pieces, needs): assert [p.needs for p in link(pieces)] == needs
 
 
 def test_runs():
@@ -68,6 +73,11 @@ def test_a_trace_by_rules():
     assert made["steps"][2]["work"] == " Together they pay 12+35=47." and made["steps"][2]["result"] == " They have 60, so 60-47=13 is left."
     first = WheneverReady().arrange(problem_of(made))[0]
     assert isinstance(first, Fork) and first.outlines == ["Ann buys 3 pens for 4 each", "Bob buys 5 books for 7 each"]
+
+
+def test_no_content_is_a_useless_reply():
+    replies = iter([None, GROUPS])   # as servers send where a reasoner's thoughts took all
+    assert rewrite_with(lambda prompt: next(replies), ROW)["steps"][1]["outline"] == "the books"
 
 
 def test_an_opening_and_a_closing():

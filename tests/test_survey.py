@@ -6,13 +6,13 @@ import pytest
 from helpers import TOKENIZERS, random_forks
 
 from threadweaver_ref.course import random_problem
-from threadweaver_ref.domains import Problem, Sequential, Step, WheneverReady, char_length
+from threadweaver_ref.domains import Problem, RandomForks, Sequential, Step, WheneverReady, char_length
 from threadweaver_ref.format import CONTROL_TOKENS, parse, render, token_counts
 from threadweaver_ref.forkjoin import ForkJoin, Limits
 from threadweaver_ref.replay import play, replay
 from threadweaver_ref.report import text_length
-from threadweaver_ref.survey import (could_fork, few_orders, join_faults, least_budget, split_blanks, survey, token_faults, training_items,
-                                     without_forks)
+from threadweaver_ref.survey import (could_fork, few_orders, fork_sizes, join_faults, least_budget, split_blanks, survey, token_faults,
+                                     training_items, without_forks)
 from threadweaver_ref.tokenizer import encode_prompt
 from threadweaver_ref.yourdata import Row
 
@@ -104,6 +104,10 @@ def test_what_a_tokenizer_and_a_window_cannot_take():
     plain = Row(1, Problem("w?", "1", "yours"), "x" * 20 + "\\boxed{1}")
     assert token_faults(plain, char, window=2 + 29 + 1) == []
     assert "32 tokens with its answer, more than the 31" in token_faults(plain, char, window=31)[0]
+    steps = [Step("a", (), "a", "x" * 9), Step("b", (), "b", "y" * 9), Step("c", ("a",), "c", "z")]
+    problem = Problem("w?", "1", "yours", steps, closing="\\boxed{1}")
+    most = max(int(replay(RandomForks(p, whole=p).arrange(problem), encode_prompt(char, "w?"), char).pack().position_ids.max()) for p in (0, 1))
+    assert token_faults(Row(1, problem), char, window=most + 1) == [] != token_faults(Row(1, problem), char, window=most)   # forked, with all tags
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -143,13 +147,25 @@ def test_a_join_that_hands_back_results_wants_them():
     assert join_faults(Row(1, Problem("w?", "1", "yours"), "\\boxed{1}"), "result") == []
 
 
-def driven(trajectory, tokenizer, budget):
+def driven(trajectory, tokenizer, budget, threads=100, forks=100, depth=100):
     "The text that comes out where the machine, with a budget, is fed what a trajectory says."
-    machine = ForkJoin([1], tokenizer, limits=Limits(100, 100, 100, budget, budget))
+    machine = ForkJoin([1], tokenizer, limits=Limits(threads, forks, depth, budget, budget))
     for _, branch, ids in play(trajectory, [1], tokenizer):
         mine = next(b for b in machine.ready if b.path == branch.path)
         machine.feed(mine, ids)
     return machine.text if machine.finish_reason == "stop" and not machine.errors else None
+
+
+def test_how_wide_how_many_how_deep():
+    def fork(*threads): return "<Parallel><Outlines>" + "".join(f"<Outline>{i}:o</Outline>" for i in range(1, 1 + len(threads))) + "</Outlines>" \
+        + "".join(f"<Thread>{i}:{t}</Thread>" for i, t in enumerate(threads, 1)) + "</Parallel>"
+    inner = fork("a", "b", "c") + fork("d", "e")
+    for text, sizes in [("x", (0, 0, 0)), (fork("a", "b"), (2, 1, 1)), (inner, (3, 2, 1)), (fork("a", inner + "x"), (3, 2, 2)),
+                        (fork("a", "b") * 3 + fork("a", fork("b", fork("c", "d"))), (2, 4, 3))]:
+        assert fork_sizes(parse(text)) == sizes
+        assert driven(parse(text), TOKENIZERS["char"](), 4096, *(max(1, n) for n in sizes)) == text
+        for i in (i for i, n in enumerate(sizes) if n > 1):   # with one less, a fork is refused, and its threads are missing
+            with pytest.raises(StopIteration): driven(parse(text), TOKENIZERS["char"](), 4096, *(n - (k == i) for k, n in enumerate(sizes)))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -2,13 +2,14 @@
 import graphlib
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from threadweaver_ref.course import random_problem
-from threadweaver_ref.domains import Problem, Sequential, Step, WheneverReady
+from threadweaver_ref.domains import Problem, Sequential, Step, WheneverReady, draw_split, split_of
 from threadweaver_ref.format import render
-from threadweaver_ref.yourdata import LONGEST_LINE, _circle, problem_of, read_yours, row_faults, write_yours
+from threadweaver_ref.yourdata import LONGEST_LINE, Row, _circle, problem_of, read_yours, row_faults, write_yours
 
 STEPS = [{"name": "A", "needs": [], "outline": "A", "work": "A: 1l 2a; ", "result": "A is al. "}, {"name": "B", "needs": ["A"], "work": "B is AL. "}]
 ROW = {"question": "A: la backwards. B: A in capitals. Say B.", "answer": "AL", "steps": STEPS}
@@ -42,7 +43,7 @@ BAD = {   # a line of a file -> what is said of it
     line(steps(step("A"), step("B", "C"))): "step 'B' needs 'C', which is no step",
     line(steps(step("A", "B"), step("B", "A"))): "steps need each other in a circle: A needs B needs A",
     line(steps(step("A", "A"))): "steps need each other in a circle: A needs A",
-    line(steps(step("A", "B"), step("B"))): "step 'A' needs 'B', which stands behind it: write that one first",
+    line(steps(step("A", "B"), step("B"))): "step 'A' needs 'B', which comes later: write 'B' first",
     line(steps(step("A"), step("A"))): "2 steps are called 'A'",
     line(steps({**step("A"), "work": ""})): "step 'A' has neither work nor result",
     line({**ROW, "steps": []}): "steps is empty: leave it out",
@@ -142,11 +143,19 @@ def test_a_question_may_come_twice_but_not_with_two_answers(tmp_path):
 def test_what_is_made_of_a_row():
     p = problem_of(ROW)
     assert p == Problem(ROW["question"], "AL", "yours", [Step("A", (), "A", "A: 1l 2a; ", "A is al. "), Step("B", ("A",), "", "B is AL. ")],
-                        closing="\\boxed{AL}")
-    assert render(Sequential().arrange(p)) == "A: 1l 2a; A is al. B is AL. \\boxed{AL}"
+                        closing=" \\boxed{AL}")
+    assert render(Sequential().arrange(p)) == "A: 1l 2a; A is al. B is AL.  \\boxed{AL}"
     assert problem_of({**ROW, "opening": "Well. ", "closing": "So \\boxed{AL}", "family": "f", "domain": "programs"}).opening == "Well. "
     assert row_faults({**ROW, "domain": "programs", "closing": "\\boxed{al}"})   # the domain's grader is asked, and says no
     assert not row_faults({"question": "?", "answer": 1200, "text": "\\boxed{1,200}"})
+
+
+def test_a_row_belongs_to_the_split_of_its_domain():
+    "Or a policy would be trained on what `evaluate --domain gsm8k --split test` asks."
+    asked, held = draw_split("gsm8k", "test", 40), draw_split("words", "test", 5, "new wide")
+    assert {Row(1, p).split for p in asked + held} == {"test"}
+    assert len({Row(1, replace(p, domain=d)).split for p in asked for d in ("yours", "nobody's")}) > 1
+    assert Row(1, Problem("Told nowhere?", "1", "words")).split == split_of("Told nowhere?")   # words cannot say
 
 
 def test_written_rows_are_read_again(tmp_path):

@@ -11,6 +11,7 @@ __all__ = ['TINY', 'EXPORTS', 'Plan', 'forget', 'add_adapters', 'start', 'usable
 import json
 import math
 import random
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from .recipes import kept_references
 from .report import text_length
 from .selftrain import kept_trees, sample_kept, train_on_kept
 from .sft import SFTConfig, train_sft
-from .survey import few_orders, join_faults, least_budget, token_faults, training_items
+from .survey import few_orders, fork_sizes, join_faults, least_budget, token_faults, training_items
 from .tokenizer import char_tokenizer
 from .yourdata import Fault, Row
 
@@ -89,7 +90,7 @@ def start(plan) -> tuple:
         model = tiny_model(plan.base, tokenizer)
     else: model, tokenizer = load_policy(plan.base, device="cpu")
     adapter = isinstance(model, PeftModel)
-    if adapter: model = merge_lora(model)
+    if adapter: model = merge_lora(model).requires_grad_()   # loaded for decoding, its weights were frozen
     forget(model)
     lora = sum(p.numel() for p in model.parameters()) >= TINY if plan.lora is None else plan.lora > 0
     if lora and adapter: raise ValueError(f"{plan.base} is an adapter, on which no other can be put: export it, and take the merged folder as base")
@@ -108,11 +109,13 @@ def window_of(model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 def answer_limits(rows, tokenizer) -> Limits:
-    "`Limits` for answers: half as much again as the rows' own answers need, in one line or forked; 2048 tokens where no row shows one."
+    "`Limits` for answers: half as many tokens again as the rows' own need (2048 where no row shows one), and forks as wide as theirs."
     length = text_length(tokenizer)
     shown = [parse(r.text) if r.text else RandomForks(1, whole=1).arrange(r.problem) for r in rows if r.kind != "question"]
     tokens = max((32 + 3 * least_budget(t, length)[1] // 2 for t in shown), default=2048)
-    return Limits(max_tokens=tokens, max_thread_tokens=tokens)
+    usual = Limits(max_tokens=tokens, max_thread_tokens=tokens)
+    sizes = zip(*[(usual.max_threads, usual.max_forks, usual.max_depth), *map(fork_sizes, shown)])
+    return replace(usual, **dict(zip(("max_threads", "max_forks", "max_depth"), map(max, sizes))))
 
 # %% ../nbs/32c_adapt.ipynb #028fc1a6
 def sft_config(plan, model, folder=None) -> SFTConfig:
@@ -180,7 +183,9 @@ def adapt(
     if plan.selftrain: logs["selftrain"] = train_itself(model, tokenizer, train, plan, at("selftrain"))
     if plan.rl_steps: model, logs["rl"] = reinforce(model, tokenizer, train, plan, at("rl"), on_step)
     if PartialState().is_main_process:
-        save_policy(model, tokenizer, out / "policy")
+        save_policy(model, tokenizer, out / "policy.new")
+        shutil.rmtree(out / "policy", ignore_errors=True)   # of another plan: an adapter, say, where this is a whole model
+        (out / "policy.new").rename(out / "policy")
         (out / "plan.json").write_text(json.dumps(asdict(plan), indent=1) + "\n")
     PartialState().wait_for_everyone()   # of several processes, all find it
     return model, tokenizer, logs
@@ -208,15 +213,15 @@ def measure(
     twin=None,       # the sequential twin, likewise
     join="concat",   # of the policy; `trained_join` tells that of a folder
     batch=64,        # problems decoded together
-    longest=None,    # tokens of an answer; default: as many as `answer_limits` gives the problems' own
+    limits=None,     # `Limits` of an answer; default: what `answer_limits` gives for the problems' own
     out=None,        # a folder for one `.jsonl` file a policy and mode
     about=None,      # for the first line of each
 ) -> dict:
     "`Report`s: `sequential` and `parallel` of the policy, `twin`, the first of them what the others are compared with. Raises `ValueError`."
     def loaded(one): return one if isinstance(one, tuple) else load_policy(one)
     own, runs = loaded(policy), {}
-    longest = longest or answer_limits([Row(0, p) for p in problems], own[1]).max_tokens
-    def way(mode, join): return DecodeConfig(mode, join, batch=batch, limits=Limits(max_tokens=longest, max_thread_tokens=longest))
+    limits = limits or answer_limits([Row(0, p) for p in problems], own[1])
+    def way(mode, join): return DecodeConfig(mode, join, batch=batch, limits=limits)
     if twin: runs["twin"] = (*loaded(twin), way("sequential", "concat"))
     runs |= {mode: (*own, way(mode, join)) for mode in ("sequential", "parallel")}
     for model, *_ in runs.values(): forget(model)

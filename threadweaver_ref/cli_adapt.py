@@ -73,7 +73,7 @@ def _survey_lines(s, bad, unit):
     yield f"could fork: {s['could_fork']} of {s['steps']} with steps{unmeasured}"
     if "best_flat" not in s: return
     yield (f"of these, in {unit}: best flat speedup {s['best_flat']:.2f} (mean; at most {s['largest']:.2f}), forking whenever ready "
-           f"{s['whenever_ready']:.2f}; it pays in {s['pays']}; {s['never']:.0f} in one line")
+           f"{s['whenever_ready']:.2f}; it pays in {s['pays']} of them; without forks an answer has {s['never']:.0f} tokens (mean)")
     if s["best_flat"] < 1.05: yield "forks save next to nothing here: make outlines shorter, or steps longer"
 
 
@@ -102,7 +102,7 @@ def rewrite(
 def _asking(url, model):
     "f(prompt) -> what the model of a server replies."
     from threadweaver_ref.client import CompletionsClient
-    client = CompletionsClient(url, model, retries=3)   # a row waits a few seconds for a server that is away, then stays as it is
+    client = CompletionsClient(url, model, retries=3, timeout=600)   # reasoners think; for a server that is away a row waits a few seconds
     def ask(prompt):
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
         return client.ask("/v1/chat/completions", body)["choices"][0]["message"]["content"]
@@ -172,23 +172,37 @@ def evaluate(
     out: Optional[Path] = typer.Option(None, help="folder for one .jsonl file a policy and mode; a stopped run goes on there"),
 ):
     "Both modes against the sequential twin, on questions that training never saw, with intervals."
-    from threadweaver_ref.adapt import answer_limits, measure, trained_join
+    from threadweaver_ref.adapt import measure, trained_join
     from threadweaver_ref.evaluate import provenance, public_path
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.report import plain_table, reports_table
     if split not in ("dev", "test"): raise ValueError(f"unknown split {split!r}: choose dev or test")
     loaded, join = load_policy(_policy_in(policy)), join or trained_join(policy)
     rows, chosen = _chosen(data, split, problems, *loaded)
-    longest = longest or answer_limits(rows, loaded[1]).max_tokens
+    limits, twin = _limits(rows, loaded[1], longest), _twin_of(policy, twin)
     given = f"--policy {public_path(policy)} --data {public_path(data)} --split {split}" + (f" --problems {problems}" if problems else "")
-    if (beside := Path(policy) / "twin" / "policy").is_dir(): twin = twin or str(beside)
     if out: out.mkdir(parents=True, exist_ok=True)
-    about = provenance(f"threadweaver-ref adapt eval {given} --batch {batch} --join {join} --longest {longest}", seed=0)
-    reports = measure(loaded, chosen, twin, join, batch, longest, out, about)
+    about = provenance(f"threadweaver-ref adapt eval {given} --batch {batch} --join {join} --longest {limits.max_tokens}", seed=0)
+    reports = measure(loaded, chosen, twin, join, batch, limits, out, about)
     typer.echo(f"parallel mode, by family:\n\n{plain_table(reports['parallel'].table())}\n")
     typer.echo(plain_table(reports_table(reports, next(iter(reports)))))
-    remedy = f"train one with --twin, into {public_path(policy)}/twin" if _policy_in(policy) != policy else "give one with --twin"
+    remedy = f"train one with `adapt train --twin --out {public_path(policy)}`" if _policy_in(policy) != policy else "give one with --twin"
     if not twin: typer.echo(f"\nno twin to compare with: {remedy}", err=True)
+
+
+def _limits(rows, tokenizer, longest):
+    "What `answer_limits` says, with `longest` tokens if so many are given."
+    from dataclasses import replace
+
+    from threadweaver_ref.adapt import answer_limits
+    limits = answer_limits(rows, tokenizer)
+    return replace(limits, max_tokens=longest, max_thread_tokens=longest) if longest else limits
+
+
+def _twin_of(policy, twin):
+    "The twin that was given, or the one beside the policy, or None."
+    beside = Path(policy) / "twin" / "policy"
+    return _policy_in(twin) if twin else str(beside) if beside.is_dir() else None
 
 
 def _chosen(data, split, problems, model, tokenizer):

@@ -106,9 +106,10 @@ def ask(self:CompletionsClient, path, body=None, url=None):
 
 @patch
 def _ask(self:CompletionsClient, url, path, body):
-    "One attempt."
+    "One attempt. What a GET asks for is there at once; a POST may take as long as an answer."
+    patience = min(self.timeout, 60) if body is None else self.timeout
     try:
-        with httpx.Client(headers=self._headers(), auth=self._users.get(url), timeout=min(self.timeout, 60)) as http:
+        with httpx.Client(headers=self._headers(), auth=self._users.get(url), timeout=patience) as http:
             found = self._answer(http.get(url + path) if body is None else http.post(url + path, json=body))
             return found.json() if "json" in found.headers.get("content-type", "") else found.text
     except EngineError as error: raise type(error)(f"{url}{path}: {error}") from None

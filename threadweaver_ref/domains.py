@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'SHIPPED', 'Domain', 'same_text', 'domain', 'allowed', 'domain_names', 'find_domain', 'get_domain', 'grade',
-           'split_of', 'families_of', 'draw_split', 'split_problems', 'training_problem', 'text_lines', 'read_rows',
-           'write_rows', 'read_jsonl', 'write_jsonl', 'data_dir', 'BestFlat', 'Grouped', 'Problem', 'RandomForks',
-           'Schedule', 'Sequential', 'Step', 'WheneverReady', 'best_flat', 'char_length', 'extract_answer', 'levels']
+           'split_of', 'split_in', 'families_of', 'draw_split', 'split_problems', 'training_problem', 'text_lines',
+           'read_rows', 'write_rows', 'read_jsonl', 'write_jsonl', 'data_dir', 'BestFlat', 'Grouped', 'Problem',
+           'RandomForks', 'Schedule', 'Sequential', 'Step', 'WheneverReady', 'best_flat', 'char_length',
+           'extract_answer', 'levels']
 
 # %% ../nbs/08c_domains.ipynb #adcd1e35
 import functools
@@ -93,7 +94,11 @@ def split_of(question: str) -> str:
     "`train`, `dev` or `test`: 14, 1 and 1 of 16 questions, by SHA-256 of the text."
     return {0: "test", 1: "dev"}.get(hashlib.sha256(question.encode()).digest()[0] % 16, "train")
 
-def _split(name, question): return (find_domain(name).split or split_of)(question)
+def split_in(domain: str, question: str) -> str:
+    "The split of a question as its domain says; by `split_of` where the domain says nothing, cannot say, or is not registered."
+    own = find_domain(domain).split if domain in domain_names() else None
+    try: return (own or split_of)(question)
+    except ValueError: return split_of(question)
 
 def families_of(name: str) -> list:
     "The families of a domain; one without families is its own. Raises `ValueError` for an unknown domain."
@@ -119,7 +124,7 @@ def draw_split(
     for _ in range(1000 * n):
         if len(found) == n: break
         p = _draw(name, family, rng)
-        if _split(name, p.question) == split: found.setdefault(p.question, p)
+        if split_in(name, p.question) == split: found.setdefault(p.question, p)
     if len(found) < n: raise ValueError(f"{name}, {family}: only {len(found)} different questions of the {split} split were found, not {n}")
     return list(found.values())
 
@@ -146,7 +151,7 @@ def training_problem(
     drawn_from = [f for f in families for _ in range(often.get(f, 1))]
     for _ in range(1000):
         p = _draw(name, rng.choice(drawn_from), rng, **options)
-        if _split(name, p.question) == "train": return p
+        if split_in(name, p.question) == "train": return p
     raise ValueError(f"{name}: 1000 questions in a row were of the dev and test splits")
 
 # %% ../nbs/08c_domains.ipynb #eade4c69

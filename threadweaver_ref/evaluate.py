@@ -10,7 +10,6 @@ __all__ = ['problem_row', 'evaluate', 'evaluate_all', 'in_turn', 'time_all', 'ro
 
 # %% ../nbs/20_evaluate.ipynb #8c7bc063
 import datetime
-import hashlib
 import json
 import platform
 import shutil
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 import threadweaver_ref
 from .baselines import (best_of_n, consensus_stop, decompose, find_way, fixed_fork, random_fork, self_consistency,
                                         tree_of_thoughts)
-from .checkpoint import describe, digest, settings_of
+from .checkpoint import describe, digest, settings_of, training_set
 from .decode import DecodeConfig, default_seeds, generate
 from .domains import grade, write_rows
 from .joins import reprefilled
@@ -62,8 +61,7 @@ def _continued(out, about):
 
 # %% ../nbs/20_evaluate.ipynb #5242b8a0
 def _settings(model, problems, config, answer):
-    questions = hashlib.sha256("\n".join(p.question for p in problems).encode()).hexdigest()[:16]
-    known = {**settings_of(config), "policy": digest(model)[:16], "problems": f"{len(problems)} {questions}"}
+    known = {**settings_of(config), "policy": digest(model)[:16], "problems": training_set(problems)}   # steps and answers, too
     return known if answer is None else {**known, "answer": describe(answer)}
 
 def evaluate(

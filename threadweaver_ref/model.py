@@ -141,8 +141,10 @@ def save_policy(
     folder,     # made where it is missing
     dtype=None, # of the adapters in the file, such as torch.bfloat16; None: as they are
 ):
-    "Save weights (safetensors) and tokenizer. Raises `ValueError` for a `dtype` without adapters."
+    "Save weights (safetensors) and tokenizer. Raises `ValueError` for a `dtype` without adapters, and for a folder with a policy of the other kind."
     options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    other, kind = ("config.json", "a whole model") if options else ("adapter_config.json", "an adapter")
+    if (Path(folder) / other).is_file(): raise ValueError(f"{folder} holds {kind} already ({other}): choose another folder, or remove it")
     if options:
         for config in model.peft_config.values(): config.base_model_name_or_path = _lasting(config.base_model_name_or_path)
         model.base_model.model.name_or_path = model.config.name_or_path = config.base_model_name_or_path   # peft writes them into the model card
@@ -232,13 +234,11 @@ def load_policy(
     dtype=None,    # default: float32 on a CPU, otherwise what the checkpoint says
 ) -> tuple:
     "`(model, tokenizer)` in eval mode, ready to decode, with control tokens. Raises `ValueError` in one line."
-    device = device or best_device()
-    name = find_policy(path_or_name)
+    device, name = device or best_device(), find_policy(path_or_name)
     try:
         with _quiet():
             base, adapter = _base_and_adapter(name, adapter)
-            base = at_hand(base)   # a hub id, or the folder that stands in for it
-            tokenizer = _load_tokenizer(base)
+            tokenizer = _load_tokenizer(base := at_hand(base))   # a hub id, or the folder that stands in for it
             model = _load_model(base, dtype or (torch.float32 if str(device) == "cpu" else "auto"))
             add_control_tokens(tokenizer, model)
             if adapter: model = _put_on(model, adapter)

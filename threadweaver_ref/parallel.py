@@ -48,7 +48,7 @@ def one_round(
     model,
     branches: list,   # ready, of any state machines of one mode
     pad: int,         # an id that fills up rows
-    options: dict,    # for `generate`: temperature and the like
+    config,           # a generation config: temperature and the like
 ) -> list:
     "What each branch writes: ids, with the stop token that it hit. One call of `generate` for all."
     contexts = [b.context_ids for b in branches]
@@ -57,8 +57,9 @@ def one_round(
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=model.device)
     stops, budgets = [b.stop_ids for b in branches], [min(b.budget, window(model) - len(c)) for b, c in zip(branches, contexts)]
     ends = StoppingCriteriaList([RowStops(stops, budgets, width)])
-    given = {"max_new_tokens": max(budgets), "pad_token_id": pad, "suppress_tokens": list(branches[0].banned_ids) or None, **options}
-    found = type(model).generate(model, ids, attention_mask=mask, stopping_criteria=ends, **given)       # (B, width + new)
+    given, banned = copy.deepcopy(config), [*(config.suppress_tokens or ()), *branches[0].banned_ids]
+    given.update(max_new_tokens=max(budgets), max_length=None, pad_token_id=pad, suppress_tokens=banned or None)
+    found = type(model).generate(model, ids, attention_mask=mask, stopping_criteria=ends, generation_config=given)   # (B, width + new)
     return [written(row[width:].tolist(), *limits) for row, *limits in zip(found, stops, budgets)]
 
 # %% ../nbs/34b_parallel.ipynb #918629b8
@@ -66,13 +67,16 @@ def _settings(model, config, options):
     "The caller's options over the generation config, or over the model's own: from a folder's code, Transformers hands on none."
     given = copy.deepcopy(config or model.generation_config)
     given.update(**options)
+    if options.get("max_length"): raise ValueError("max_length would count the question too: give max_new_tokens")
+    for name in ("num_beams", "num_return_sequences"):
+        if (n := getattr(given, name, None) or 1) > 1: raise ValueError(f"{name}={n}: each question has one answer here, so it must be 1")
+    if not given.do_sample: given.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None)   # or `generate` warns
     return given
 
-def _sampling(config):
-    "What of a generation config says how tokens are drawn."
-    if not config.do_sample: return {"do_sample": False}
-    names = ("do_sample", "temperature", "top_p", "top_k", "min_p")
-    return {n: getattr(config, n) for n in names if getattr(config, n, None) is not None}
+def _stops(model, tokenizer, given):
+    "Ids that end a text, the caller's among them."
+    own = given.eos_token_id if isinstance(given.eos_token_id, (list, tuple)) else [given.eos_token_id]
+    return tuple(dict.fromkeys([*stop_ids(model, tokenizer), *(i for i in own if i is not None)]))
 
 def _prompts(input_ids, attention_mask, pad, first=None):
     "Rows as lists of ids, without the padding on their left; `first` is the token, if any, that every text begins with."
@@ -92,23 +96,23 @@ def parallel_generate(
     model,
     input_ids=None,          # (P, N) questions as ids, padded on the left
     inputs=None,             # the same: `generate` has two names for it
-    generation_config=None,  # of it: max_new_tokens, and how tokens are drawn; default: the model's own, as for `generate`
+    generation_config=None,  # max_new_tokens (of all threads together), and how tokens are drawn; default: the model's own, as for `generate`
     tokenizer=None,          # with the control tokens; default: that of the folder which the model came from
     join="concat",           # or "result"
     mode="parallel",         # or "sequential", "autoregressive"
     machines=None,           # a list: filled with the state machines, for their trees, texts and errors
     **options,               # what `generate` hands on besides: of it, attention_mask (P, N) and what a generation config can say
 ) -> torch.Tensor:
-    "(P, longest) what each main thread has read and written, padded on the right (TW section 3.2)."
+    "(P, longest) what each main thread has read and written, padded on the right (TW section 3.2). Raises `ValueError` for beams."
     ids, given = inputs if input_ids is None else input_ids, _settings(model, generation_config, options)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
-    stops, longest = stop_ids(model, tokenizer), given.max_new_tokens
+    stops, longest = _stops(model, tokenizer, given), given.max_new_tokens
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     limits = Limits(max_tokens=longest) if longest else Limits()
     prompts = _prompts(ids, options.get("attention_mask"), pad, tokenizer.bos_token_id)
     works = [ForkJoin(prompt, tokenizer, join, limits, mode, stops) for prompt in prompts]
     while ready := _ready(works, model):
-        for (work, branch), new in zip(ready, one_round(model, [b for _, b in ready], pad, _sampling(given))):
+        for (work, branch), new in zip(ready, one_round(model, [b for _, b in ready], pad, given)):
             work.feed(branch, new, "stop" if new[-1] in branch.stop_ids else "length")
     if machines is not None: machines.extend(works)
     rows = [work.main.context_ids for work in works]

@@ -28,10 +28,13 @@ def line_groups(solution: str) -> list:
 # %% ../nbs/32e_questions.ipynb #5e3b8a9e
 _NUMBER = re.compile(r"(?<![\w.])(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
+_WRITTEN = re.compile(r"\s*-?\$? ?-?(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?\s*%?\s*", re.ASCII)
+
 def _value(said):
-    "A number as people write it, or None: `$1,200.50` is 1200.5."
-    try: return float(re.sub(r"[$%,\s]", "", said).rstrip("."))
-    except ValueError: return None
+    "A number as people write it, or None: `$1,200.50` is 1200.5; `1,2` is no number."
+    if not _WRITTEN.fullmatch(said): return None
+    try: return float(re.sub(r"[$%,\s]", "", said))
+    except ValueError: return None   # without a digit
 
 def _numbers(text):   # without their signs
     return {_value(n) for n in _NUMBER.findall(text)} - {None}

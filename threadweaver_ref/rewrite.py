@@ -20,22 +20,35 @@ def cut(trace: str) -> list:
     return re.findall(r"\s*(?:\d+[.)]\s+)?\S.*?(?:[.;!?](?=\s+\S)|\Z)", trace, re.S) or [trace]   # the number of a list stays with its sentence
 
 # %% ../nbs/32b_rewrite.ipynb #1f28cf5f
-_NUMBER = r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)"
+_DIGITS = r"-?\d+(?:,\d{3})*(?:\.\d+)?"
+_NUMBER = rf"(?<![\w.]){_DIGITS}(?!\w)"
 _WORD = re.compile(rf"{_NUMBER}|[^\W\d_]\w*")
+_RESULT = re.compile(rf"= *\$?({_DIGITS})")   # a unit may stand behind it: `=300m`
+_SAYS = re.compile(r"(\w+) (?:=|is|are|gives|makes) \$?(-?\w[\w.,]*)")
+_OPERATOR = re.compile(r"%? *[-+*/x×÷(] *[$\d.]")   # behind a number that is calculated with
 _EMPTY = set("it this that these there he she they we i so thus then and the a an here which what answer left".split())
 
-def _key(word): return word.replace(",", "").lstrip("-") if word[-1].isdigit() else word
+def _key(word):
+    "A word, or a number without signs and noughts that say nothing: `$1,200.50` is 1200.5."
+    if not word[-1].isdigit(): return word
+    number = word.replace(",", "").lstrip("-")
+    return number.rstrip("0").rstrip(".") if "." in number else number
 
 def words(text) -> set:
     "The words and numbers of a text."
     return {_key(w) for w in _WORD.findall(text)}
 
-def _made(piece):
-    "(values, names) that a piece makes."
-    values, names = re.findall(rf"= *\$?({_NUMBER})", piece), re.findall(r"^\s*(\w+):", piece)
-    for name, value in re.findall(r"(\w+) (?:=|is|are|gives|makes) \$?(-?\w[\w.,]*)", piece):
-        if (name.lower() not in _EMPTY or name in "ABCDEFGH") and not name.isdigit(): values, names = [*values, value.rstrip(".,")], [*names, name]
-    return {_key(v) for v in values or re.findall(_NUMBER, piece)[-1:]}, {*names}
+def _made(piece, known=()):
+    "(values, names) that a piece makes. `known`: values that were made before it."
+    def result(found): return not _OPERATOR.match(piece, found.end())
+    values, names = [m[1] for m in _RESULT.finditer(piece) if result(m)], re.findall(r"^\s*(\w+):", piece)
+    for said in _SAYS.finditer(piece):
+        name, value = said.groups()
+        if name.isdigit() or name.lower() in _EMPTY and name not in "ABCDEFGH": continue
+        names.append(name)
+        if result(said): values.append(value.rstrip(".,"))
+    last = [n for n in re.findall(_NUMBER, piece)[-1:] if _key(n) not in known]
+    return {_key(v) for v in values or last}, {*names}
 
 @dataclass
 class Piece:
@@ -45,14 +58,18 @@ class Piece:
     needs: set = field(default_factory=set)   # numbers of earlier pieces, from 0
 
 # %% ../nbs/32b_rewrite.ipynb #897f3594
-def link(question, pieces: list) -> list:
-    "`Piece`s with what they make and need. `pieces`: texts."
-    given, found = words(question), []
+def link(
+    pieces: list,  # texts
+) -> list:
+    "`Piece`s with what they make and need."
+    found = []
     for text in pieces:
-        values, names = _made(text)
-        values = {v for v in values if v not in given and not (len(v) == 1 and v.isalpha())}   # a letter is too short to be no chance
-        mentioned, makes = words(text) - values, values | names
         last = {m: i for i, p in enumerate(found) for m in p.makes}
+        values, names = _made(text, last)
+        values = {v for v in values if not (len(v) == 1 and v.isalpha())}   # a letter is too short to be no chance
+        rest = _RESULT.sub(" ", text)   # of `30-15=15` the second 15 is made, the first is mentioned
+        again = {v for v in words(rest) & values if v[-1].isdigit()} if rest != text else set()
+        mentioned, makes = words(text) - values | again, values | names
         found.append(Piece(text, makes, {i for m, i in last.items() if m in mentioned}))
     return found
 
@@ -103,7 +120,7 @@ def rewrite(
 ) -> dict:
     "The row with steps in place of its text, found by rules. In sequential order the steps are the text, letter by letter. Raises `ValueError`."
     opening, texts, closing = _parts(row)
-    pieces = link(row["question"], texts)
+    pieces = link(texts)
     return _row(row, opening, _steps(pieces, runs(pieces)), closing)
 
 # %% ../nbs/32b_rewrite.ipynb #ed70cf20
@@ -116,7 +133,8 @@ Rules:
 - The outline says in at most six words what the step will work out. It must not give the result away.
 
 Reply with JSON alone, in this form:
-[{{"pieces": [1, 2], "needs": [], "outline": "price of the pens"}}, {{"pieces": [3], "needs": [1], "outline": "price of the books"}}]
+[{{"pieces": [1, 2], "needs": [], "outline": "price of the pens"}}, {{"pieces": [3], "needs": [], "outline": "price of the books"}},
+ {{"pieces": [4], "needs": [1, 2], "outline": "what both cost together"}}]
 `needs` holds numbers of earlier steps, counted from 1.
 
 Question: {question}
@@ -133,11 +151,11 @@ def prompt_for(question, pieces, fault="") -> str:
 
 # %% ../nbs/32b_rewrite.ipynb #d149a699
 def read_groups(
-    reply: str,
+    reply: str,  # None, as a server may send it, is empty
     count: int,  # of pieces
 ) -> list:
     "What a model said: `[(numbers of pieces from 0, numbers of steps from 0, outline), ...]`. Raises `ValueError` in a few words."
-    reply = reply.rpartition("</think>")[2]
+    reply = (reply or "").rpartition("</think>")[2]
     begins = re.search(r"\[\s*\{", reply)
     try: data = json.JSONDecoder().raw_decode(reply, begins.start())[0]
     except (AttributeError, json.JSONDecodeError, RecursionError): raise ValueError("it holds no JSON list of steps") from None

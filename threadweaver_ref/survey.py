@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['without_forks', 'training_items', 'token_faults', 'could_fork', 'join_faults', 'split_blanks', 'least_budget',
-           'few_orders', 'survey']
+           'fork_sizes', 'few_orders', 'survey']
 
 # %% ../nbs/32a_survey.ipynb #0ade457c
 import random
 from itertools import pairwise
 from statistics import fmean
 
-from .format import CONTROL_TOKENS, Fork, Text, parse, render_ending, render_outlines, split_tags
+from .domains import RandomForks
+from .format import CONTROL_TOKENS, Fork, Text, parse, render, render_ending, render_outlines, split_tags
 from .joins import get_join
 from .replay import replay
 from .report import schedule_latencies
@@ -50,13 +51,14 @@ def token_faults(
     "What a tokenizer and a model cannot do with a row, a line each."
     question, p = row.problem.question, row.problem
     said = row.text or "".join([p.opening, *(s.outline + s.text for s in p.steps), p.closing, "" if p.steps else p.answer])
+    longest = render(RandomForks(1, whole=1).arrange(p)) if p.steps else said   # forked wherever it can be, with all tags
     unk, faults = tokenizer.unk_token_id, []
     unknown = [c for c in dict.fromkeys(question + said) if unk is not None and unk in encode_text(tokenizer, c)]
     if unknown: faults.append(f"the tokenizer does not know {', '.join(map(repr, unknown[:5]))}")
     special = [*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)]
     found = next((t for t in special if t not in CONTROL_TOKENS and t in said), None)
     if found: faults.append(f"its answer holds {found}, which this tokenizer reads as a special token")
-    tokens = len(encode_prompt(tokenizer, question)) + len(encode_text(tokenizer, said)) + 1
+    tokens = len(encode_prompt(tokenizer, question)) + len(encode_text(tokenizer, longest)) + 1
     if window and tokens > window: faults.append(f"{tokens} tokens with its answer, more than the {window} positions of the model")
     return faults
 
@@ -80,7 +82,7 @@ def join_faults(
 
 # %% ../nbs/32a_survey.ipynb #ed31d336
 def split_blanks(row: Row, tokenizer) -> bool:
-    "Has a piece of the answer, in front of a place for a fork, other tokens by itself than with a word behind it?"
+    "Has a piece of the answer, in front of a place for a fork, other tokens by itself than when a word follows it?"
     said = [piece for _, piece in split_tags(row.text or "")]
     pieces = [a for a, b in pairwise(said) if b == "<Parallel>" and a not in CONTROL_TOKENS]
     if could_fork(row.problem): pieces += [row.problem.opening, *(s.text for s in row.problem.steps)]
@@ -103,6 +105,13 @@ def least_budget(
             least = max(least, used + (len(threads) + 1) * max(budget for _, budget in threads))
             used += sum(written for written, _ in threads)
     return used + end, max(least, used + end)
+def fork_sizes(trajectory) -> tuple:
+    "(threads of the widest fork, most forks in one line, depth of forks in forks) of a list of `Text` and `Fork`."
+    forks = [node for node in trajectory if isinstance(node, Fork)]
+    inner = [fork_sizes(t.body) for f in forks for t in f.threads]
+    within = [max(sizes) for sizes in zip(*inner)] or [0, 0, 0]
+    return max([within[0], *(len(f.threads) for f in forks)]), max(within[1], len(forks)), within[2] + bool(forks)
+
 
 # %% ../nbs/32a_survey.ipynb #69dd941b
 def few_orders(

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .domains import Problem, Step, domain_names, extract_answer, grade, split_of
+from .domains import Problem, Step, domain_names, extract_answer, grade, split_in
 from .format import CONTROL_TOKENS, check_format
 
 # %% ../nbs/32_rows_of_your_own.ipynb #0d6f4e14
@@ -64,7 +64,7 @@ def _graph_faults(steps):
     else:
         for i, s in enumerate(steps):
             for n in needs[s["name"]]:
-                if n not in names[:i]: yield f"step {_shown(s['name'])} needs {_shown(n)}, which stands behind it: write that one first"
+                if n not in names[:i]: yield f"step {_shown(s['name'])} needs {_shown(n)}, which comes later: write {_shown(n)} first"
 
 # %% ../nbs/32_rows_of_your_own.ipynb #63137c2c
 def _texts(data):
@@ -91,7 +91,7 @@ def problem_of(
 ) -> Problem:
     "The `Problem` of a row; one with a `text` has no steps."
     steps = [Step(s["name"], tuple(s.get("needs", ())), s.get("outline", ""), s["work"], s.get("result", "")) for s in data.get("steps", ())]
-    closing = data.get("closing", f"\\boxed{{{data['answer']}}}") if steps else ""
+    closing = data.get("closing", f" \\boxed{{{data['answer']}}}") if steps else ""
     return Problem(data["question"], data["answer"], data.get("domain", "yours"), steps, data.get("opening", ""), closing, data.get("family", ""))
 
 def _answer_faults(data):
@@ -170,7 +170,7 @@ class Row:
     @property
     def kind(self): return "steps" if self.problem.steps else "text" if self.text else "question"
     @property
-    def split(self): return split_of(self.problem.question)
+    def split(self): return split_in(self.problem.domain, self.problem.question)
     @property
     def data(self): return {**row_data(self.problem), **({"text": self.text} if self.text else {})}
 
