@@ -41,7 +41,7 @@ class EngineRollouts:
         self,
         client,         # `CompletionsClient` of a server with the start's weights
         folder,         # where the adapter is kept, in a folder of its own for each version; the server reads it there
-        name="policy",  # of the adapter on the server, with its digest behind it
+        name="policy",  # of the adapter on the server, followed by its digest
         probe=8,        # rollouts a step whose ratios are measured
     ):
         self.client, self.folder, self.name, self.probe, self.published = client, Path(folder), name, probe, None

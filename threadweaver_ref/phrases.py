@@ -17,7 +17,7 @@ def listed(items) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 def sentence(text: str, end=".") -> str:
-    "A text with a capital in front and a stop behind."
+    "A text with a capital letter and a full stop."
     return text[:1].upper() + text[1:] + end
 
 # %% ../nbs/30b_phrases.ipynb #29d8b060

@@ -27,7 +27,7 @@ from .tokenizer import encode_prompts, stop_ids
 # %% ../nbs/33_remote.ipynb #07478dec
 @dataclass(frozen=True)
 class Request:
-    "Write behind `context_ids`, at most `budget` tokens, until one of `stop_ids`, which is written too."
+    "Continue `context_ids` by at most `budget` tokens, until one of `stop_ids`, which is written too."
     context_ids: list      # all that the branch has read
     stop_ids: tuple
     budget: int
@@ -58,7 +58,7 @@ def _wrong_ids(request, ids):
     if not all(type(i) is int and i >= 0 for i in ids): return "token ids that are no numbers"
     if len(ids) > request.budget: return f"{len(ids)} tokens, {request.budget} were allowed"
     if banned := set(request.banned_ids) & set(ids): return f"token {min(banned)}, which was banned"
-    if not set(request.stop_ids).isdisjoint(ids[:-1]): return "tokens behind a stop token"
+    if not set(request.stop_ids).isdisjoint(ids[:-1]): return "tokens after a stop token"
 
 def _wrong_end(request, ids, reason):
     stopped = ids[-1] in request.stop_ids
