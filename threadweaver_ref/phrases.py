@@ -53,20 +53,25 @@ def words(self:Situation, who, thing=None, end="") -> tuple:
 @patch
 def clause(
     self:Situation,
-    amount,     # a number, or a calculation
+    amount,     # a number
     who,        # an owner
     thing=None, # a kind of thing; None: all
-    end="",     # such as " in all"
 ) -> str:
     "Who comes to what: `the bakery bakes 12 buns on Monday`."
-    who, what, rest = self.words(who, thing, end)
-    return f"{who} {self.verb[1]} {amount} {what}{rest}"
+    subject, what, rest = self.words(who, thing)
+    return f"{subject} {self.verb[1]} {amount} {what}{rest}"
 
 @patch
-def aim(self:Situation, who, thing=None, end="") -> str:
+def result(self:Situation, amount, who, thing=None) -> str:
+    "The same with the owner in front of the amount, as a step ends and a later one says it again: `on Monday the bakery bakes 12 buns`."
+    tail = self.tail.format(who=who)
+    return f"{tail} {self.clause(amount, who, thing).removesuffix(tail)}".strip()
+
+@patch
+def aim(self:Situation, who, thing=None) -> str:
     "What a thread will do: `work out how many buns the bakery bakes on Monday`."
-    who, what, rest = self.words(who, thing, end)
-    return f"work out how many {what} {who} {self.verb[1]}{rest}"
+    subject, what, rest = self.words(who, thing)
+    return f"work out how many {what} {subject} {self.verb[1]}{rest}"
 
 # %% ../nbs/30b_phrases.ipynb #20b4b2fe
 @patch

@@ -41,15 +41,14 @@ def by_parts(a: int, b: int) -> list:
 # %% ../nbs/30d_stories.ipynb #3a19ad9e
 def worked(
     name,
-    needs,        # names of steps
-    aim,          # the outline
-    clause,       # f(amount) -> clause
-    lead,         # what stands before the equations, where there are several
-    equations,    # that lead to the result of the last one
+    needs,      # names of steps
+    aim,        # the outline
+    lead,       # what stands before the equations
+    equations,  # that lead to the amount
+    result,     # f(amount) -> clause
 ) -> Step:
-    "A step in sentences."
-    if len(equations) == 1: return Step(name, needs, aim, "", " " + sentence(clause(equations[0])))
-    return Step(name, needs, aim, f" {sentence(lead, ':')} {', '.join(equations)}.", " " + sentence(clause(_amount(equations))))
+    "A step in sentences: what is worked with, the equations, what they come to."
+    return Step(name, needs, aim, f" {sentence(lead, '')} {', '.join(equations)}.", " " + sentence(result(_amount(equations))))
 
 # %% ../nbs/30d_stories.ipynb #44dbd769
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class Plain:
 
 def _in_all(s, who, values, needs=()):
     "The step that adds up what an owner has."
-    def clause(amount): return s.clause(amount, who, end=" in all")
-    return worked(who, needs, s.aim(who, end=" in all"), clause, f"adding up {listed([*map(str, values)])} for {who}", running_sum(values))
+    lead = f"for {who} in all, {listed([*map(str, values)])}:"
+    return worked(who, needs, s.aim(who), lead, running_sum(values), lambda amount: s.result(amount, who))
 
 @dataclass(frozen=True)
 class Amounts:
@@ -90,9 +89,10 @@ class Parts:
 
     def _step(self, s, n, thing, m):
         thing = thing if len(self.parts) > 1 else None
-        def clause(amount): return s.clause(amount, self.who, thing)
         a, b = (m, n) if self.wording.startswith("{m}") else (n, m)   # in the order of the question
-        return worked(f"{self.who}, {thing}" if thing else self.who, (), s.aim(self.who, thing), clause, clause(f"{a}*{b}"), by_parts(a, b))
+        equations, whose = by_parts(a, b), f"for {self.who} ({thing})," if thing else f"for {self.who},"
+        lead = f"{whose} {a}*{b}:" if len(equations) > 1 else whose
+        return worked(f"{self.who}, {thing}" if thing else self.who, (), s.aim(self.who, thing), lead, equations, lambda n: s.result(n, self.who, thing))
 
     def work(self, s, story):
         steps, values = [self._step(s, *part) for part in self.parts], [n * m for n, _, m in self.parts]
@@ -113,12 +113,10 @@ class Compared:
 
     def work(self, s, story):
         a, b = story.values[self.others[0]], story.values[self.others[1]] if self.kind == "both" else self.k
-        if self.kind == "times": said, equations = f"{b}*{a}", by_parts(b, a)
-        elif self.kind == "less": said, equations = f"{a}-{b}", taken_away(a, b)
-        else: said, equations = f"{a}+{b}", running_sum([a, b])
-        again = s.relation(self.kind, self.others, self.k)   # so that each number is looked up by itself
-        def clause(amount): return s.clause(f"{again}, {amount}" if isinstance(amount, str) else amount, self.who)
-        return [worked(self.who, story.needs(*self.others), s.aim(self.who), clause, clause(said), equations)], _amount(equations)
+        equations = by_parts(b, a) if self.kind == "times" else taken_away(a, b) if self.kind == "less" else running_sum([a, b])
+        lead = f"for {self.who}, {s.relation(self.kind, self.others, self.k)}. {story.again(*self.others)}"
+        step = worked(self.who, story.needs(*self.others), s.aim(self.who), lead, equations, lambda amount: s.result(amount, self.who))
+        return [step], _amount(equations)
 
 # %% ../nbs/30d_stories.ipynb #1656eac9
 class Story:
@@ -144,6 +142,10 @@ class Story:
     def needs(self, *owners) -> tuple:
         "Names of the steps that give the amounts of owners."
         return tuple(step.name for who in owners for step in self.steps[who][-1:])
+
+    def again(self, *owners) -> str:
+        "What is known of owners, said again: `Anna reads 12 pages. Ben reads 20 pages:`."
+        return ". ".join(sentence(self.situation.result(self.values[who], who), "") for who in owners) + ":"
 
     @property
     def ends(self): return [f.who for f in self.facts if f.who not in self.read]
@@ -211,8 +213,8 @@ def total(self:Story, *owners) -> tuple:
     subject, units, rest = s.words(s.all if len(owners) == len(self.facts) > 2 else listed(owners))
     does, verb = ("does", s.verb[1]) if s.tail else ("do", s.verb[0])
     question = self.asked(units, f"{does} {subject} {s.verb[0]}{rest} together", f"{subject} {verb}{rest} together")
-    def clause(amount): return f"together that is {amount} {units}"
-    step = worked("total", self.needs(*owners), "work out the total", clause, f"adding up {listed([*map(str, values)])}", running_sum(values))
+    def said(amount): return f"together that is {amount} {units}"
+    step = worked("total", self.needs(*owners), "work out the total", self.again(*owners), running_sum(values), said)
     return question, [step], sum(values)
 
 # %% ../nbs/30d_stories.ipynb #2e43fd72
@@ -233,8 +235,8 @@ def gap(self:Story, a, b) -> tuple:
     a, b = sorted((a, b), key=self.values.get, reverse=True)
     s, x, y = self.situation, self.values[a], self.values[b]
     subject, units, rest = s.words(a)
-    def clause(amount): return f"the difference is {amount} {units}"
-    step = worked("difference", self.needs(a, b), "work out the difference", clause, f"taking {y} from {x}", taken_away(x, y))
+    def said(amount): return f"the difference is {amount} {units}"
+    step = worked("difference", self.needs(a, b), "work out the difference", self.again(a, b), taken_away(x, y), said)
     return f"How many more {units} does {subject} {s.verb[0]}{rest} than {s.place(b)}?", [step], x - y
 
 # %% ../nbs/30d_stories.ipynb #9573bef4

@@ -105,7 +105,7 @@ def exercises(rng) -> Problem:
     "A few sums, differences and products to work out, to train on."
     drawn = [_exercise(rng) for _ in range(rng.randint(2, 6))]
     def result(amount): return f"the result is {amount}"
-    steps = [worked(f"{i}: {asked}", (), "", result, lead, equations) for i, (asked, lead, equations) in enumerate(drawn, 1)]
+    steps = [worked(f"{i}: {asked}", (), "", f"{lead}:", equations, result) for i, (asked, lead, equations) in enumerate(drawn, 1)]
     question, answer = f"{TASK}{listed([asked for asked, *_ in drawn])}.", drawn[-1][2][-1].split("=")[1]
     return Problem(question, answer, "words", steps, "", f" The answer is \\boxed{{{answer}}}.", "exercises")
 
