@@ -68,10 +68,15 @@ def result(self:Situation, amount, who, thing=None) -> str:
     return f"{tail} {self.clause(amount, who, thing).removesuffix(tail)}".strip()
 
 @patch
-def aim(self:Situation, who, thing=None) -> str:
-    "What a thread will do: `work out how many buns the bakery bakes on Monday`."
+def aim(
+    self:Situation,
+    who,        # an owner
+    how="",     # it comes to its amount: `3*4`, `12 more than Ben`
+    thing=None, # a kind of thing; None: all
+) -> str:
+    "What a thread will do: `work out how many buns the bakery bakes on Monday, 3*4`."
     subject, what, rest = self.words(who, thing)
-    return f"work out how many {what} {subject} {self.verb[1]}{rest}"
+    return f"work out how many {what} {subject} {self.verb[1]}{rest}" + (f", {how}" if how else "")
 
 # %% ../nbs/30b_phrases.ipynb #20b4b2fe
 @patch

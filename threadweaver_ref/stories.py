@@ -61,8 +61,9 @@ class Plain:
 
 def _in_all(s, who, values, needs=()):
     "The step that adds up what an owner has."
-    lead = f"for {who} in all, {listed([*map(str, values)])}:"
-    return worked(who, needs, s.aim(who), lead, running_sum(values), lambda amount: s.result(amount, who))
+    equations = running_sum(values)
+    lead, short = f"for {who} in all, {listed([*map(str, values)])}:", len(equations) == 1 and not needs
+    return worked(who, needs, s.aim(who, short and equations[0].split("=")[0]), lead, equations, lambda amount: s.result(amount, who))
 
 @dataclass(frozen=True)
 class Amounts:
@@ -91,8 +92,9 @@ class Parts:
         thing = thing if len(self.parts) > 1 else None
         a, b = (m, n) if self.wording.startswith("{m}") else (n, m)   # in the order of the question
         equations, whose = by_parts(a, b), f"for {self.who} ({thing})," if thing else f"for {self.who},"
-        lead = f"{whose} {a}*{b}:" if len(equations) > 1 else whose
-        return worked(f"{self.who}, {thing}" if thing else self.who, (), s.aim(self.who, thing), lead, equations, lambda n: s.result(n, self.who, thing))
+        lead, short = (f"{whose} {a}*{b}:", None) if len(equations) > 1 else (whose, f"{a}*{b}")
+        aim, name = s.aim(self.who, short, thing), f"{self.who}, {thing}" if thing else self.who
+        return worked(name, (), aim, lead, equations, lambda n: s.result(n, self.who, thing))
 
     def work(self, s, story):
         steps, values = [self._step(s, *part) for part in self.parts], [n * m for n, _, m in self.parts]
@@ -113,9 +115,12 @@ class Compared:
 
     def work(self, s, story):
         a, b = story.values[self.others[0]], story.values[self.others[1]] if self.kind == "both" else self.k
-        equations = by_parts(b, a) if self.kind == "times" else taken_away(a, b) if self.kind == "less" else running_sum([a, b])
-        lead = f"for {self.who}, {s.relation(self.kind, self.others, self.k)}. {story.again(*self.others)}"
-        step = worked(self.who, story.needs(*self.others), s.aim(self.who), lead, equations, lambda amount: s.result(amount, self.who))
+        if self.kind == "times": said, equations = f"{b}*{a}", by_parts(b, a)
+        elif self.kind == "less": said, equations = f"{a}-{b}", taken_away(a, b)
+        else: said, equations = f"{a}+{b}", running_sum([a, b])
+        relation = s.relation(self.kind, self.others, self.k)   # said again, so that each number is looked up by itself
+        lead = f"for {self.who}, {relation}," + (f" {said}:" if len(equations) > 1 else "")
+        step = worked(self.who, story.needs(*self.others), s.aim(self.who, relation), lead, equations, lambda amount: s.result(amount, self.who))
         return [step], _amount(equations)
 
 # %% ../nbs/30d_stories.ipynb #1656eac9
