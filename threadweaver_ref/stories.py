@@ -40,9 +40,7 @@ def by_parts(a: int, b: int) -> list:
 
 # %% ../nbs/30d_stories.ipynb #3a19ad9e
 def worked(
-    name,
-    needs,      # names of steps
-    aim,        # the outline
+    name, needs, aim,  # of the step: its name, the names of those that it needs, its outline
     lead,       # what stands before the equations
     equations,  # that lead to the amount
     result,     # f(amount) -> clause
@@ -72,10 +70,7 @@ class Amounts:
     parts: tuple   # (amount, thing), two or more
 
     def tell(self, s): return s.several(self.who, self.parts)
-
-    def work(self, s, story):
-        values = [amount for amount, _ in self.parts]
-        return [_in_all(s, self.who, values)], sum(values)
+    def work(self, s, story): return [_in_all(s, self.who, [n for n, _ in self.parts])], sum(n for n, _ in self.parts)
 
 # %% ../nbs/30d_stories.ipynb #49d53b02
 @dataclass(frozen=True)
@@ -93,8 +88,8 @@ class Parts:
         a, b = (m, n) if self.wording.startswith("{m}") else (n, m)   # in the order of the question
         equations, whose = by_parts(a, b), f"for {self.who} ({thing})," if thing else f"for {self.who},"
         lead, short = (f"{whose} {a}*{b}:", None) if len(equations) > 1 else (whose, f"{a}*{b}")
-        aim, name = s.aim(self.who, short, thing), f"{self.who}, {thing}" if thing else self.who
-        return worked(name, (), aim, lead, equations, lambda n: s.result(n, self.who, thing))
+        name = f"{self.who}, {thing}" if thing else self.who
+        return worked(name, (), s.aim(self.who, short, thing), lead, equations, lambda n: s.result(n, self.who, thing))
 
     def work(self, s, story):
         steps, values = [self._step(s, *part) for part in self.parts], [n * m for n, _, m in self.parts]
@@ -120,8 +115,8 @@ class Compared:
         else: said, equations = f"{a}+{b}", running_sum([a, b])
         relation = s.relation(self.kind, self.others, self.k)   # said again, so that each number is looked up by itself
         lead = f"for {self.who}, {relation}," + (f" {said}:" if len(equations) > 1 else "")
-        step = worked(self.who, story.needs(*self.others), s.aim(self.who, relation), lead, equations, lambda amount: s.result(amount, self.who))
-        return [step], _amount(equations)
+        aim, needs = s.aim(self.who, relation), story.needs(*self.others)
+        return [worked(self.who, needs, aim, lead, equations, lambda amount: s.result(amount, self.who))], _amount(equations)
 
 # %% ../nbs/30d_stories.ipynb #1656eac9
 class Story:
@@ -148,8 +143,7 @@ class Story:
         "Names of the steps that give the amounts of owners."
         return tuple(step.name for who in owners for step in self.steps[who][-1:])
 
-    def again(self, *owners) -> str:
-        "What is known of owners, said again: `Anna reads 12 pages. Ben reads 20 pages:`."
+    def again(self, *owners) -> str:   # `Anna reads 12 pages. Ben reads 20 pages:`
         return ". ".join(sentence(self.situation.result(self.values[who], who), "") for who in owners) + ":"
 
     @property
@@ -230,8 +224,7 @@ def most(self:Story, *owners) -> tuple | None:
     if values.count(max(values)) > 1: return None
     subject, units, rest = s.words(s.one)
     question = f"the largest number of {units} that {subject} {s.verb[1]}{rest}"
-    said = f" The largest of {listed([*map(str, values)])} is {max(values)}."
-    step = Step("largest", self.needs(*owners), "find the largest number", "", said)
+    step = Step("largest", self.needs(*owners), "find the largest number", "", f" The largest of {listed([*map(str, values)])} is {max(values)}.")
     return f"What is {question}?" if self.rng.random() < .7 else f"Find {question}.", [step], max(values)
 
 @patch
