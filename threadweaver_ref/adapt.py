@@ -183,6 +183,7 @@ def adapt(
     if plan.selftrain: logs["selftrain"] = train_itself(model, tokenizer, train, plan, at("selftrain"))
     if plan.rl_steps: model, logs["rl"] = reinforce(model, tokenizer, train, plan, at("rl"), on_step)
     if PartialState().is_main_process:
+        shutil.rmtree(out / "policy.new", ignore_errors=True)   # of a run that was killed here
         save_policy(model, tokenizer, out / "policy.new")
         shutil.rmtree(out / "policy", ignore_errors=True)   # of another plan: an adapter, say, where this is a whole model
         (out / "policy.new").rename(out / "policy")

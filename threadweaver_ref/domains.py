@@ -95,10 +95,9 @@ def split_of(question: str) -> str:
     return {0: "test", 1: "dev"}.get(hashlib.sha256(question.encode()).digest()[0] % 16, "train")
 
 def split_in(domain: str, question: str) -> str:
-    "The split of a question as its domain says; by `split_of` where the domain says nothing, cannot say, or is not registered."
+    "The split of a question as its domain says; by `split_of` where it says nothing, or is not registered. Raises `ValueError` where it cannot say."
     own = find_domain(domain).split if domain in domain_names() else None
-    try: return (own or split_of)(question)
-    except ValueError: return split_of(question)
+    return (own or split_of)(question)
 
 def families_of(name: str) -> list:
     "The families of a domain; one without families is its own. Raises `ValueError` for an unknown domain."

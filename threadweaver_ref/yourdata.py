@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .domains import Problem, Step, domain_names, extract_answer, grade, split_in
+from .domains import Problem, Step, domain_names, extract_answer, grade, split_in, split_of
 from .format import CONTROL_TOKENS, check_format
 
 # %% ../nbs/32_rows_of_your_own.ipynb #0d6f4e14
@@ -170,7 +170,9 @@ class Row:
     @property
     def kind(self): return "steps" if self.problem.steps else "text" if self.text else "question"
     @property
-    def split(self): return split_in(self.problem.domain, self.problem.question)
+    def split(self):
+        try: return split_in(self.problem.domain, self.problem.question)
+        except ValueError: return split_of(self.problem.question)   # such as a question that `words` would never ask
     @property
     def data(self): return {**row_data(self.problem), **({"text": self.text} if self.text else {})}
 
