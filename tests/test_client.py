@@ -468,3 +468,17 @@ def test_when_a_replica_rests_and_when_it_is_tried_again(monkeypatch):
     assert [ask(), ask()] == ["http://a"] * 2
     for _ in "12": found._note("http://a", False), found._note("http://b", False)
     assert ask() == "http://a"   # where all rest, none does
+
+
+def test_an_answer_may_take_as_long_as_the_client_allows(monkeypatch):
+    "A POST may be a reasoner's whole answer; what a GET asks for is there at once."
+    patience = []
+    class Client:
+        def __init__(self, timeout, **options): patience.append(timeout)
+        def __enter__(self): raise httpx.ConnectError("nobody")
+        def __exit__(self, *error): pass
+    monkeypatch.setattr(httpx, "Client", Client)
+    for seconds in (600, 20):
+        for body in (None, {}):
+            with pytest.raises(EngineError): CompletionsClient("http://x", "m", timeout=seconds, retries=0).ask("/path", body)
+    assert patience == [60, 600, 20, 20]
