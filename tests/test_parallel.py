@@ -122,6 +122,8 @@ def test_what_a_caller_asks_for_is_done_or_refused(tiny_rl):
     def said(**options): return tokenizer.decode(parallel_generate(model, ids, tokenizer=tokenizer, max_new_tokens=60, **options)[0])
     semicolon, four = (encode_text(tokenizer, c)[0] for c in ";4")
     assert said(eos_token_id=semicolon).endswith(";") and said(eos_token_id=[semicolon, four]).endswith(";") != said().endswith(";")
+    said(eos_token_id=semicolon, machines=(machines := []))
+    assert [m.finish_reason for m in machines] == ["stop"]   # it is an end, not a line that was cut
     assert said(repetition_penalty=5.0) != said() == said(repetition_penalty=1.0)
     assert "=" in said()[15:] and "=" not in said(suppress_tokens=encode_text(tokenizer, "="))[15:]
     for name, n in (("num_beams", 4), ("num_return_sequences", 2), ("max_length", 90)):
