@@ -215,7 +215,7 @@ REQUEST = Request([1, 2], (7, 8), budget=3, banned_ids=(5,))
     ([], [], "stop", "no token ids"), (None, None, "stop", "no token ids"),
     ([1, None], None, "length", "no numbers"), ([-1, 7], None, "stop", "no numbers"),
     ([1, 2, 3, 7], None, "stop", "4 tokens, 3 were allowed"), ([5, 7], None, "stop", "token 5, which was banned"),
-    ([7, 1], None, "length", "after a stop token"), ([8, 7], None, "stop", "behind a stop token"),
+    ([7, 1], None, "length", "after a stop token"), ([8, 7], None, "stop", "after a stop token"),
     ([1, 2], None, "stop", "last token, 2, is no stop"), ([1, 2], None, "length", "cut off after 2 of 3"),
     ([1, 7], None, "abort", "ended with 'abort'"), ([1, 7], [-1.], "stop", "1 log-probabilities for 2"),
     ([1, 7], [-1., None], "stop", "that are none"), ([1, 7], [-1., float("nan")], "stop", "that are none"),
