@@ -6,7 +6,7 @@
 __all__ = ['COMPARED', 'listed', 'sentence', 'Situation']
 
 # %% ../nbs/30b_phrases.ipynb #e5a71c11
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastcore.basics import patch
 
@@ -40,7 +40,7 @@ class Situation:
     less: bool = False         # money and measures are less, other things are fewer
     counts: tuple = (11, 99)   # how many things, where there are many
     sizes: tuple = (11, 99)    # units of a thing, where it is large
-    each: int = 0              # units of every thing, where the introduction says so (7 days of a week)
+    each: tuple = ()           # units of every thing: one of these, and the introduction says which (7 days of a week)
     held: bool = False         # never trained on
 
 # %% ../nbs/30b_phrases.ipynb #24c05fde
@@ -85,6 +85,14 @@ def told(self:Situation, says, who, parts) -> str:
     return sentence(says.format(who=who, subject=self.words(who)[0], parts=listed(parts)), "")
 
 @patch
+def kinds(
+    self:Situation,
+    parts,  # (amount, thing)
+) -> str:
+    "`12 pages in novels and 20 pages in comics`."
+    return listed([f"{amount} " + self.leaf.format(thing=thing).replace("|", "") for amount, thing in parts])
+
+@patch
 def several(
     self:Situation,
     who,
@@ -92,8 +100,7 @@ def several(
 ) -> str:
     "Several amounts: `Anna reads 12 pages in novels and 20 pages in comics.`"
     subject, _, tail = self.words(who)
-    heads = [self.leaf.format(thing=thing).split("|") for _, thing in parts]
-    return sentence(f"{subject} {self.verb[1]} {listed([f'{a} {head}{rest}' for (a, _), (head, rest) in zip(parts, heads)])}{tail}")
+    return sentence(f"{subject} {self.verb[1]} {self.kinds(parts)}{tail}")
 
 # %% ../nbs/30b_phrases.ipynb #c9ca3ef2
 COMPARED = {   # kind -> wordings: of measures, of things that are counted, of both
@@ -130,3 +137,9 @@ def relation(self:Situation, kind, others, k=0) -> str:
     less = "less" if self.less else "fewer"
     said = {"more": "{k} more than {other}", "less": "{k} {less} than {other}", "times": "{k} times as many as {other}", "both": "as many as {other}"}
     return said[kind].format(k=k, less=less, other=self.place(listed(others)))
+
+# %% ../nbs/30b_phrases.ipynb #71e467cb
+@patch
+def told_each(self:Situation, each) -> Situation:
+    "The situation where every thing has so many units, as each introduction says."
+    return replace(self, each=(each,), intros=tuple(intro.format(each=each) for intro in self.intros))

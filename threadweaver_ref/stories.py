@@ -57,11 +57,11 @@ class Plain:
     def tell(self, s): return sentence(s.clause(self.amount, self.who))
     def work(self, s, story): return [], self.amount
 
-def _in_all(s, who, values, needs=()):
-    "The step that adds up what an owner has."
-    equations = running_sum(values)
-    lead, short = f"for {who} in all, {listed([*map(str, values)])}:", len(equations) == 1 and not needs
-    return worked(who, needs, s.aim(who, short and equations[0].split("=")[0]), lead, equations, lambda amount: s.result(amount, who))
+def _in_all(s, who, parts, needs=()):
+    "The step that adds up what an owner has; of amounts that were worked out, it says again which is which."
+    equations = running_sum([n for n, _ in parts])
+    said, short = s.kinds(parts) if needs else listed([str(n) for n, _ in parts]), len(equations) == 1 and not needs
+    return worked(who, needs, s.aim(who, short and equations[0].split("=")[0]), f"for {who} in all, {said}:", equations, lambda n: s.result(n, who))
 
 @dataclass(frozen=True)
 class Amounts:
@@ -70,7 +70,7 @@ class Amounts:
     parts: tuple   # (amount, thing), two or more
 
     def tell(self, s): return s.several(self.who, self.parts)
-    def work(self, s, story): return [_in_all(s, self.who, [n for n, _ in self.parts])], sum(n for n, _ in self.parts)
+    def work(self, s, story): return [_in_all(s, self.who, self.parts)], sum(n for n, _ in self.parts)
 
 # %% ../nbs/30d_stories.ipynb #49d53b02
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Parts:
         return worked(name, (), s.aim(self.who, short, thing), lead, equations, lambda n: s.result(n, self.who, thing))
 
     def work(self, s, story):
-        steps, values = [self._step(s, *part) for part in self.parts], [n * m for n, _, m in self.parts]
-        total = [_in_all(s, self.who, values, tuple(p.name for p in steps))] if len(steps) > 1 else []
-        return steps + total, sum(values)
+        steps, amounts = [self._step(s, *part) for part in self.parts], [(n * m, thing) for n, thing, m in self.parts]
+        total = [_in_all(s, self.who, amounts, tuple(p.name for p in steps))] if len(steps) > 1 else []
+        return steps + total, sum(n for n, _ in amounts)
 
 # %% ../nbs/30d_stories.ipynb #280b179d
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Compared:
         else: said, equations = f"{a}+{b}", running_sum([a, b])
         relation = s.relation(self.kind, self.others, self.k)   # said again, so that each number is looked up by itself
         lead = f"for {self.who}, {relation}," + (f" {said}:" if len(equations) > 1 else "")
-        aim, needs = s.aim(self.who, relation), story.needs(*self.others)
-        return [worked(self.who, needs, aim, lead, equations, lambda amount: s.result(amount, self.who))], _amount(equations)
+        step = worked(self.who, story.needs(*self.others), s.aim(self.who, relation), lead, equations, lambda n: s.result(n, self.who))
+        return [step], _amount(equations)
 
 # %% ../nbs/30d_stories.ipynb #1656eac9
 class Story:
@@ -128,7 +128,7 @@ class Story:
         owners,     # as many at the most
     ):
         drawn = rng.sample(situation.owners, min(owners, len(situation.owners)))
-        self.rng, self.situation = rng, situation
+        self.rng, self.situation = rng, situation.told_each(rng.choice(situation.each)) if situation.each else situation
         self.left = sorted(drawn, key=situation.owners.index) if situation.tail else drawn   # days in their order
         self.facts, self.steps, self.values, self.read = [], {}, {}, set()
 
@@ -154,8 +154,8 @@ MOST, PRODUCT = 999, 999   # no amount is larger, nor a product
 
 def draw_pair(rng, s, level) -> tuple:
     "A count and a size: both below 10 for a `quick` product, one for a `medium` one, none for a `slow` one."
-    n, m, few = rng.randint(*s.counts), s.each or rng.randint(*s.sizes), rng.randint(2, 9)
-    if level == "quick": return few, s.each or rng.randint(2, 9)
+    n, m, few = rng.randint(*s.counts), rng.choice(s.each) if s.each else rng.randint(*s.sizes), rng.randint(2, 9)
+    if level == "quick": return few, m if s.each else rng.randint(2, 9)
     if s.each: return n, m
     if level == "medium": return (few, m) if rng.random() < .5 else (n, few)
     return (n, m) if n * m <= PRODUCT else draw_pair(rng, s, level)
@@ -220,11 +220,11 @@ def total(self:Story, *owners) -> tuple:
 @patch
 def most(self:Story, *owners) -> tuple | None:
     "Asks for the largest amount. None where two are largest."
-    s, values = self.situation, [self.values[o] for o in owners]
+    values, (subject, units, rest) = [self.values[o] for o in owners], self.situation.words(self.situation.one)
     if values.count(max(values)) > 1: return None
-    subject, units, rest = s.words(s.one)
-    question = f"the largest number of {units} that {subject} {s.verb[1]}{rest}"
-    step = Step("largest", self.needs(*owners), "find the largest number", "", f" The largest of {listed([*map(str, values)])} is {max(values)}.")
+    question = f"the largest number of {units} that {subject} {self.situation.verb[1]}{rest}"
+    told = [f"{who} {v}" + ", larger" * (i > 0 and v > max(values[:i])) for i, (who, v) in enumerate(zip(owners, values))]
+    step = Step("largest", self.needs(*owners), "find the largest number", " " + sentence("; ".join(told)), f" The largest is {max(values)}.")
     return f"What is {question}?" if self.rng.random() < .7 else f"Find {question}.", [step], max(values)
 
 @patch
