@@ -92,7 +92,8 @@ situation("museum", "pay pays", "dollars", "dollars| for {thing}", "morning tick
     ("{n} {thing}",),
     ("{who} buys {parts}.", "{who} orders {parts}.", "The order of {who} is {parts}."), less=True, each=range(2, 10))
 situation("rope maker", "get gets", "feet of rope", "feet of {thing}|", "hemp rope, cotton rope, nylon rope, silk rope, jute rope",
-    ("The rope maker says that a fathom has 6 feet.", "A fathom has 6 feet. The rope maker sells to sailors.", "A fathom has 6 feet, says the rope maker."),
+    ("The rope maker says that a fathom has 6 feet.", "A fathom has 6 feet. The rope maker sells to sailors.",
+     "A fathom has 6 feet, says the rope maker."),
     ("{n} fathoms of {thing}",),
     ("{who} takes {parts}.", "{who} chooses {parts}.", "The bill of {who} says {parts}."), each=(6,), less=True)
 

@@ -54,10 +54,11 @@ def quick(rng, situation, small=False) -> Story:
 # %% ../nbs/31_words.ipynb #d28eb5c3
 @family
 def chain(rng, situation, small=False) -> Story:
-    "Each step needs the one before; some need a short one beside it. Forking gains nothing."
-    story, start, n = Story(rng, situation, 7), rng.choice(["plain", "quick", "medium"]), rng.randint(2, 3) if small else rng.randint(3, 4)
+    "Each step needs the one before; one or two need a short one beside it, the last of them two. Forking gains nothing."
+    story, start, n = Story(rng, situation, 7), rng.choice(["plain", "quick", "medium"]), rng.randint(2, 3) if small else 3
     last, asides = story.plain(11, 99) if start == "plain" else story.product(start), rng.randint(0, 1) if small else 2
     beside = {i: story.product("quick") for i in rng.sample(range(n), asides)}
+    if beside: beside[max(beside)] = story.compare(beside[max(beside)])
     for i in range(n): last = story.compare(last, beside[i]) if i in beside else story.compare(last, most=rng.choice((9, 99)), times=99)
     return story
 
