@@ -123,7 +123,7 @@ def test_a_head_that_does_not_give_the_models_logits_is_not_used():
         return out
     odd.__signature__ = None
     model.forward = odd
-    model._tree_fault = model.config._attn_implementation, None
+    model._tree_faults = {model.config._attn_implementation: None}
     torch.testing.assert_close(tree_logprobs(model, inputs, chunk=3), tree_logprobs(model, inputs))
 
 

@@ -43,7 +43,7 @@ def log_chosen(
     temperature=1.0,  # logits are divided by it
 ) -> torch.Tensor:
     "(T,): log-probabilities of ids in nats."
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if len(banned): logits[:, list(banned)] = -torch.inf
     return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
 

@@ -45,7 +45,7 @@ def collate(
     return batch
 
 # %% ../nbs/07_scoring.ipynb #4937795f
-ATTENTION = ("sdpa", "eager", "flex_attention")   # implementations that take a mask of our own
+ATTENTION = ("sdpa", "eager", "flex_attention", "products")   # implementations that take a mask of our own (the last one: `11b_rows`)
 
 def line_limit(model) -> float:
     "How many positions a line may have: the least of the windows and chunks of the model's layers."
@@ -145,8 +145,9 @@ def check_model(model):
     kind = getattr(model.config.get_text_config(), "_attn_implementation", None)
     if kind is not None and kind not in ATTENTION:
         raise ValueError(f"attention implementation {kind!r} takes no mask of our own: choose one of {', '.join(ATTENTION)}")
-    if getattr(model, "_tree_fault", ("unknown",))[0] != kind: model._tree_fault = kind, _asked(model, kind)
-    if model._tree_fault[1]: raise ValueError(f"a tree mask cannot serve {type(model).__name__}: {model._tree_fault[1]}")
+    known = vars(model).setdefault("_tree_faults", {})   # by attention implementation
+    if kind not in known: known[kind] = _asked(model, kind)
+    if known[kind]: raise ValueError(f"a tree mask cannot serve {type(model).__name__}: {known[kind]}")
 
 # %% ../nbs/07_scoring.ipynb #17a98de2
 def _inputs(model, batch) -> dict:

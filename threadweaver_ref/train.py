@@ -26,6 +26,7 @@ from transformers import get_cosine_schedule_with_warmup
 from .checkpoint import NoFolder, RunFolder, digest, settings_of, training_set
 from .chunks import plain, recomputed
 from .joins import get_join
+from .rows import by_products
 from .scoring import check_model, collate, collate_blocks, tree_logprobs
 
 # %% ../nbs/14_train.ipynb #8affa86d
@@ -171,11 +172,12 @@ def _backward(setup, groups, loss_of, count, banned, temperature):
     accelerator = setup.accelerator
     mine = shard(groups, accelerator.process_index, accelerator.num_processes)
     total = torch.zeros((), device=accelerator.device)
-    for i, (group, weight) in enumerate(mine, 1):
-        with nullcontext() if i == len(mine) else accelerator.no_sync(setup.model):   # gradients are exchanged with the last
-            loss = weight * loss_of(group, _score(setup, group, banned, temperature), count)
-            accelerator.backward(loss * accelerator.num_processes)   # processes are averaged
-        total += loss.detach()
+    with by_products(setup.model, accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"):
+        for i, (group, weight) in enumerate(mine, 1):
+            with nullcontext() if i == len(mine) else accelerator.no_sync(setup.model):   # gradients are exchanged with the last
+                loss = weight * loss_of(group, _score(setup, group, banned, temperature), count)
+                accelerator.backward(loss * accelerator.num_processes)   # processes are averaged
+            total += loss.detach()
     return total
 
 # %% ../nbs/14_train.ipynb #07ed3dc5
