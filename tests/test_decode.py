@@ -824,3 +824,11 @@ def test_adapters_are_merged_once_and_the_texts_stay(monkeypatch):
     assert len(merged) == 1 and any(r.forks for r in rollouts)
     for question, rollout in zip(asked, rollouts, strict=True): assert rollout.tree == plain_loop(model, char, question, config).tree
     same_logprobs(model, rollouts)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_hook_that_leaves_nothing_to_write_is_said(temperature):
+    "It wants a fork where forks are banned: no token is made up."
+    hook = lambda branch, ids, logits: torch.full_like(logits, -torch.inf).index_fill_(0, torch.tensor(control_ids(char)["<Parallel>"]), 0)
+    with pytest.raises(ValueError, match="^a hook and what is banned here leave no token to write$"):
+        generate(tiny("Qwen3", char), char, ["1+1?"], DecodeConfig("sequential", hook=hook, temperature=temperature, limits=Limits(9)))

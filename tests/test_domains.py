@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import combinations, permutations
+from pathlib import Path
 
 import pytest
 
@@ -496,6 +497,21 @@ def test_rows_and_blank_lines(tmp_path):
     (tmp_path / "r.jsonl").write_text((tmp_path / "r.jsonl").read_text() + "\n\n")
     assert read_rows(tmp_path / "r.jsonl") == [{"a": 1}, [2]]
     with pytest.raises(FileNotFoundError): read_rows(tmp_path / "none.jsonl")
+
+
+def test_a_file_that_cannot_be_written_again_stays_as_it_was(tmp_path, monkeypatch):
+    write_rows(tmp_path / "r.jsonl", [{"a": 1}])
+    write = Path.write_text
+    def full(self, text, **options):
+        write(self, text[:3], **options)
+        raise OSError("no space left")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError): write_rows(tmp_path / "r.jsonl", [{"b": 2}])
+    with pytest.raises(TypeError): write_rows(tmp_path / "r.jsonl", [{"b": 2}, object()])
+    assert read_rows(tmp_path / "r.jsonl") == [{"a": 1}]
+    write_rows(tmp_path / "r.jsonl", [{"b": 2}])
+    assert [f.name for f in tmp_path.iterdir()] == ["r.jsonl"]
 
 
 def test_the_data_folder(monkeypatch, tmp_path):

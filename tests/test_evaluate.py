@@ -206,6 +206,7 @@ def clock(monkeypatch, cost):
         now[0] += cost(model, questions)
         return questions
     monkeypatch.setattr(room, "generate", spy)
+    monkeypatch.setattr(room, "_settings", lambda model, problems, config, answer: {"of": model, "how": config})
     monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
     return asked
 
@@ -234,7 +235,8 @@ def test_seconds_of_every_size_of_batch_are_kept_and_compared(monkeypatch, tmp_p
     assert lines == [f"{batch} at a time, {n}: {x} ({x} to {x}) times as fast as b"
                      for batch, x, n in [(1, "1.00", "b"), (1, "1.00", "a"), (2, "1.00", "b"), (2, "2.00", "a")]]
     head, *rows = read_lines(tmp_path / "seconds-2.jsonl")
-    assert head == {"command": "mine", "batch": 2, "runs": ["b", "a"]} and [r["a"] for r in rows] == [.5] * 4
+    settings = {n: {"of": n, "how": n} for n in "ab"}
+    assert head == {"command": "mine", "batch": 2, "runs": ["b", "a"], "settings": settings} and [r["a"] for r in rows] == [.5] * 4
     assert (tmp_path / "seconds-1.jsonl").is_file()
     assert time_all(runs, problems, (2,)) == lines[2:]
 
@@ -251,8 +253,33 @@ def test_a_timing_that_was_stopped_goes_on(monkeypatch, tmp_path):
     assert [(n, q) for n, q in asked] == [("a", ["4", "5"]), ("b", ["4", "5"]), ("b", ["6"]), ("a", ["6"])]
     asked.clear()
     assert time_all(runs, problems, (2,), tmp_path) == lines and not asked
-    for others in (({"a": runs["a"]}, problems), (runs, problems[::-1])):
-        with pytest.raises(ValueError, match="seconds-2.jsonl is of other runs or problems"): time_all(*others, (2,), tmp_path)
+    changed = [({"a": runs["a"]}, problems), (runs, problems[::-1]), *(({**runs, "b": b}, problems) for b in (("b", None, "wide"), ("c", None, "b")))]
+    for others in changed:
+        with pytest.raises(ValueError, match="seconds-2.jsonl is of other runs, settings or problems"): time_all(*others, (2,), tmp_path)
+    file.write_text("")   # killed before its first line
+    assert time_all(runs, problems, (2,), tmp_path, {"command": "mine"}) == lines and file.read_text() == whole
+
+
+def test_the_settings_of_a_timing_are_those_of_a_report(tmp_path):
+    "The real ones: of another model or other limits no seconds are taken over."
+    runs = {"a": (MODEL, CHAR, SHORT)}
+    time_all(runs, PROBLEMS[:2], (1,), tmp_path)
+    run(tmp_path / "a.jsonl", PROBLEMS[:2])
+    assert read_lines(tmp_path / "seconds-1.jsonl")[0]["settings"] == {"a": read_report(tmp_path / "a.jsonl").about["settings"]}
+    for other in ((tiny("Llama", CHAR), CHAR, SHORT), (MODEL, CHAR, replace(SHORT, limits=Limits(max_tokens=6)))):
+        with pytest.raises(ValueError, match="is of other runs, settings"): time_all({"a": other}, PROBLEMS[:2], (1,), tmp_path)
+
+
+@pytest.mark.parametrize("twice", [1, 3])
+def test_rows_of_two_runs_at_once_are_refused(tmp_path, twice):
+    "A command that was started twice: the rows are no progress."
+    out = tmp_path / "a.jsonl"
+    run(out, PROBLEMS[:4])
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join([*lines[:1 + twice], *lines[twice:twice + 1]]))
+    before = out.read_text()
+    with pytest.raises(ValueError, match="a.jsonl has rows twice or out of order: choose another file, or remove it"): run(out, PROBLEMS[:4])
+    assert out.read_text() == before
 
 
 def test_real_seconds():
@@ -321,3 +348,11 @@ def test_a_baseline_is_measured_like_a_policy_and_told_apart(tmp_path):
     assert [r["total_tokens"] for r in report.rows] == [r.total_tokens for r in alone] and report.rows[0]["total_tokens"] > 5
     for other in (None, partial(self_consistency, n=4)):
         with pytest.raises(ValueError, match="another report"): run(out, config=config, answer=other)
+
+
+def test_the_folder_that_one_is_in_has_a_name(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "policy").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    assert room.policy_name(".") == "mine"
+    monkeypatch.chdir(tmp_path / "mine" / "policy")
+    assert room.policy_name(".") == "mine" == room.policy_name(tmp_path / "mine" / "policy")

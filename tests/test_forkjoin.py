@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from helpers import TOKENIZERS, random_text, rngs
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from threadweaver_ref.branch import MODES, Limits
 from threadweaver_ref.course import QUESTION, example
@@ -13,7 +15,7 @@ from threadweaver_ref.forkjoin import ForkJoin
 from threadweaver_ref.format import CONTROL_TOKENS, RULES, Fork, Text, Thread, check_format
 from threadweaver_ref.joins import JOINS, Concat, get_join
 from threadweaver_ref.replay import replay, units
-from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
+from threadweaver_ref.tokenizer import add_control_tokens, control_ids, encode_prompt, encode_text
 from threadweaver_ref.tree import tree_mask
 
 char = TOKENIZERS["char"]()
@@ -370,3 +372,20 @@ def test_the_table_of_pitfalls_names_tests_that_exist():
     written = "".join((folder / name).read_text(encoding="utf-8") for name in files)
     names = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", text))
     assert len(names) >= 8 and not [name for name in names if f"def {name}(" not in written]
+
+
+def test_blanks_behind_a_tag_are_kept():
+    "Some tokenizers leave out a blank where a text begins (Llama 2, Mistral). What branches wrote is read as it stands in the line."
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(unk_token="<unk>")), eos_token="<eos>", unk_token="<unk>")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.backend_tokenizer.train_from_iterator(["so the p q: 1 2 "] * 9, trainers.BpeTrainer(vocab_size=40, special_tokens=["<unk>", "<eos>"],
+                                                                                                 show_progress=False))
+    add_control_tokens(tokenizer)
+    ids = lambda text: [i for part in re.split(r"(?=<)|(?<=>)", text) if part for i in encode_text(tokenizer, part)]
+    machine = ForkJoin(ids("so"), tokenizer)
+    machine.feed(machine.ready[0], ids(TWO), "stop")
+    for said in ("the", "so"): machine.feed(machine.ready[0], [*ids(said), control_ids(tokenizer)["</Thread>"]], "stop")
+    machine.feed(machine.ready[0], [*ids("the so"), tokenizer.eos_token_id], "stop")
+    fork, end = machine.trajectory
+    assert [t.body[0].text for t in fork.threads] == [" the", " so"] and end.text == " the so"

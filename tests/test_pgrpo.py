@@ -56,7 +56,9 @@ def run(folder=None, steps=4, own=False, paid=None, **options):
 # ---- settings
 
 BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
-       (dict(mode="fast"), "choose one of"), (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(attention="flex"), "dense"),
+       (dict(mode="fast"), "choose one of"),
+       (dict(sequential=.05, batch=10), "of 10 problems is none: give 0, or more than 0.05"),
+       (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(attention="flex"), "dense"),
        (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"),
        (dict(weight_decay=-1.0), "below 0"), (dict(decode_dtype="half"), "choose bfloat16 or float16"),
        (dict(temperature=0.0), "at least 0.001"), (dict(temperature=float("nan")), "finite"),
@@ -103,7 +105,7 @@ def test_settings_of_the_update_arrive(monkeypatch, tmp_path):
     config = PGRPOConfig(steps=4, batch=1, group=3, normalize="std", lr=.02, warmup=.5, weight_decay=.07, betas=(.7, .8), clip=.3, micro_tokens=99,
                          seed=3, folder=str(tmp_path), save_every=3, limits=SHORT, mixed_precision="bf16")
     log = train_pgrpo(copy.deepcopy(model), tokenizer, [PROBLEM], config, lively)
-    assert [r["lr"] / .02 for r in log] == pytest.approx([.5, 1, .5, 0]) and {c[0][1] for c in centred} == {"std"} and {c[0][1] for c in cut} == {99}
+    assert [r["lr"] / .02 for r in log] == pytest.approx([0, .5, 1, .5]) and {c[0][1] for c in centred} == {"std"} and {c[0][1] for c in cut} == {99}
     (args, named), = adamws
     assert args[1:] == (.02, (.7, .8)) and named["weight_decay"] == .07 and not muons
     assert {c[0][2] for c in clipped} == {.3} and made == [((), {"mixed_precision": "bf16"})] and seeded == [((3,), {})]
@@ -273,6 +275,7 @@ def test_forced_tokens_behind_the_window(arch, monkeypatch):
     rollouts, problem = roll_out(model, tokenizer, [sum_of_products([(7, 8)])], config), sum_of_products([(7, 8)])
     ends = [max(map(r.tree.end, range(len(r.tree)))) for r in rollouts]
     assert min(ends) > 42 and all(r.tree.end(s) <= 42 for r in rollouts for s in range(len(r.tree)) if r.tree.sampled[s])
+    assert pgrpo.ratios(model, rollouts) == pytest.approx(torch.ones(sum(len(r.logprobs) for r in rollouts)), abs=1e-3)
     trained = copy.deepcopy(model)
     row, = train_pgrpo(trained, tokenizer, [problem], config, pay)
     scores = [pay(r, problem) for r in rollouts]
@@ -518,6 +521,7 @@ def test_a_run_is_known_by_how_it_pays_not_by_its_references(tmp_path):
 
 def test_a_bonus_that_is_annealed(monkeypatch):
     "It falls evenly and stays away; every step is paid by its own reward."
+    with pytest.raises(ValueError, match="until=0: must be at least 1"): Speedup({}, until=0)
     pay = Speedup({PROBLEM.question: 100}, rho=.5, clip=.25, until=4)
     for latency, whole in ((80, .1), (20, .25), (900, -.25)):
         assert [pay.at(step)(ended(PROBLEM, latency), PROBLEM) for step in range(6)] == pytest.approx(

@@ -17,7 +17,7 @@ from threadweaver_ref.checkpoint import describe
 from threadweaver_ref.domains import DOMAINS, Problem, RandomForks, Sequential, WheneverReady, allowed, domain, find_domain, split_of
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.hub import PACKAGED
-from threadweaver_ref.model import SIZES, load_policy, merge_lora, save_policy, shipped_policies, tiny_model
+from threadweaver_ref.model import SIZES, add_lora, load_policy, merge_lora, save_policy, shipped_policies, tiny_model
 from threadweaver_ref.pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies
 from threadweaver_ref.recipes import load_recipe, recipes, train_recipe
 from threadweaver_ref.schoolbook import held_out, mixture
@@ -119,6 +119,13 @@ def test_a_domain_without_a_sampler_of_ours(tmp_path, monkeypatch):
     ("kind: pgrpo\nreward: {until: 9}", "unknown reward option 'until': choose rho or clip"),
     ("kind: pgrpo\nreward: 5", "reward=5: give options of eq. 7 such as {rho: 0.5}, or {speedup: {rho: 0.5}}"),
     ("kind: pgrpo\nreward: speedup", "reward='speedup': give options"),
+    ("kind: pgrpo\nreward: {speedup: {until: 0}}", "until=0: must be at least 1"),
+    ("kind: pgrpo\nreward: {rho: 5e-1}", "rho='5e-1': must be a number"),
+    ("kind: pgrpo\nreward: {speedup: {until: 2.5}}", "until=2.5: must be a whole number"), ("steps: 100.0", "steps=100.0: must be a whole number"),
+    ("lora: '16'", "lora='16': must be a whole number"), ("kind: selftrain\nrollouts: {questions: 1e3}", "questions='1e3': must be a whole number"),
+    ("kind: selftrain\nsteps: 3", "steps: a round of self-training has as many as its rollouts make"),
+    ("steps: true", "steps=True: must be a whole number"),
+    ("sampler: {mixture: 8}", "give options by name"),
     ("kind: pgrpo\nlimits: {tokens: 1}", "'tokens'"), ("steps: 0", "steps=0: must be at least 1"),
     ("- a\n- b", "expected lines"), ("a: [", "recipe mine.yaml"),
     ("!!python/object/apply:os.system ['true']", "could not determine a constructor")])
@@ -143,17 +150,33 @@ def test_no_recipe_trains_on_held_out_problems(name):
 
 # ---- running
 
-def test_two_stages_of_two_steps(tmp_path):
+@pytest.fixture
+def two_stages(tmp_path, monkeypatch):
+    "Recipes `first` and `second`, as if they were shipped."
+    for name, start, steps in (("first", "tiny", 2), ("second", "first", 3)):
+        (tmp_path / f"{name}.yaml").write_text(f"start: {start}\nsampler: {{mixture: {{small: 1}}}}\nsteps: {steps}\nbatch: 2\nlr: 0.001\n")
+    monkeypatch.setattr(room, "recipes", lambda: {n: tmp_path / f"{n}.yaml" for n in ("first", "second")})
+    return tmp_path / "runs"
+
+
+def test_two_stages(two_stages):
     "The first stage is run first, and found again when it has been run; the second starts where it ended."
-    second, _, log = train_recipe("schoolbook-sft", tmp_path, **TINY, lr=1e-3)
-    assert [r["step"] for r in log] == [1, 2] and (tmp_path / "schoolbook-sft" / "step-000002").is_dir()
-    before = (tmp_path / "schoolbook-base" / "log.jsonl").read_text()
-    first, _, log = train_recipe("schoolbook-base", tmp_path, **TINY, lr=1e-3)
-    assert (tmp_path / "schoolbook-base" / "log.jsonl").read_text() == before and 4.5 < log[0]["loss"] < 5.5   # random weights: ln 151 = 5.0
+    second, _, log = train_recipe("second", two_stages)
+    assert [r["step"] for r in log] == [1, 2, 3] and (two_stages / "second" / "step-000003").is_dir()
+    before = (two_stages / "first" / "log.jsonl").read_text()
+    first, _, log = train_recipe("first", two_stages)
+    assert (two_stages / "first" / "log.jsonl").read_text() == before and 4.5 < log[0]["loss"] < 5.5   # random weights: ln 151 = 5.0
     moved = (flat(second.parameters()) - flat(first.parameters())).abs().max()
     assert 0 < moved < .02   # other random weights would be further off
-    again, *_ = train_recipe("schoolbook-sft", tmp_path, **TINY, lr=1e-3)
+    again, *_ = train_recipe("second", two_stages)
     assert torch.equal(flat(second.parameters()), flat(again.parameters()))
+
+
+def test_changes_are_of_the_recipe_that_is_asked_for(two_stages, monkeypatch):
+    "Steps and rate stay those of each; the seed, and what only says how, hold for both."
+    trained = spied(monkeypatch, room, "train_sft")
+    train_recipe("second", two_stages, steps=1, batch=1, lr=.5, seed=4, micro_tokens=99)
+    assert [(a[3].steps, a[3].batch, a[3].lr, a[3].seed, a[3].micro_tokens) for a, _ in trained] == [(2, 2, .001, 4, 99), (1, 1, .5, 4, 99)]
 
 
 def test_p_grpo_through_lora(tmp_path):
@@ -256,6 +279,34 @@ def test_references_of_other_problems_or_another_start_are_not_taken(paid):
     (runs / "mine-references.json").write_text(json.dumps({"of": ["another start", "other problems"], "latencies": {}}))
     train_recipe(path, runs)
     assert len(measured) == 2 and trained[1][0][4] == trained[0][0][4]
+
+
+@pytest.mark.parametrize("other", [{"limits": Limits(max_tokens=9)}, {"chat": False}])
+def test_references_under_other_limits_are_not_taken(paid, other):
+    path, runs, trained, measured = paid
+    train_recipe(path, runs)
+    shutil.rmtree(runs / "mine")
+    train_recipe(path, runs, **other)
+    assert len(measured) == 2 and max(trained[1][0][4].references.values()) <= other.get("limits", Limits(12)).max_tokens
+
+
+def test_a_round_of_self_training_is_sampled_as_it_is_trained(monkeypatch, tmp_path):
+    "With or without the chat template; and each step is told of."
+    trained = spied(monkeypatch, room, "self_train")
+    monkeypatch.setattr(room, "self_train", lambda *args, **options: trained.append((args, options)) or (None, []))
+    path, told = written(tmp_path, "kind: selftrain\nchat: false\nseed: 3\njoin: kv\nrollouts: {questions: 2, group: 5}"), []
+    train_recipe(path, tmp_path, told.append)
+    (args, options), = trained
+    assert (args[4].chat, args[4].seed, args[4].join, len(args[2])) == (False, 3, "kv", 2) and options == {"group": 5, "on_step": told.append}
+    with pytest.raises(ValueError, match="mine: a round of self-training has as many steps"): train_recipe(path, tmp_path, steps=2)
+
+
+def test_a_policy_is_saved_in_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    tokenizer = char_tokenizer()
+    room.save_trained(add_lora(tiny_model("tiny", tokenizer, hidden_size=32, num_hidden_layers=2), 2), tokenizer, ".")
+    assert (tmp_path / "mine" / "adapter_config.json").is_file() and (tmp_path / "mine-merged" / "config.json").is_file()
 
 
 def test_without_a_folder_nothing_is_kept(paid):

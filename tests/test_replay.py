@@ -152,3 +152,11 @@ def test_a_recording_may_be_played_in_any_order():
 
 def test_a_fork_with_too_few_threads_is_refused_at_its_beginning():
     with pytest.raises(FormatError, match="thread_count at character 0"): replay([Fork(["a", "b"], [Thread([])])], [20], char)
+
+
+@pytest.mark.parametrize("said", ["<eos>", "<pad>"])
+def test_special_tokens_of_a_text_are_refused(said):
+    "Of one that we wrote ourselves: what is only meant would end the text. A decoded text has its own ids."
+    for nodes in ([Text(f"a{said}b")], [Fork(["p", "q"], [Thread([Text("x")]), Thread([Text(said)])])]):
+        with pytest.raises(ValueError, match=f"holds {said}, which this tokenizer reads as a special token"): replay(nodes, [20], char)
+    replay([Text(f"a{said}b", tuple(encode_text(char, "ab")))], [20], char)

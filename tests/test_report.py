@@ -234,7 +234,7 @@ def test_average_by_hand():
     assert [r["correct"] for r in found.rows] == pytest.approx([1, 2 / 3, 0, 1]) and [r["token_latency"] for r in found.rows] == [130] * 4
     assert [r["question"] for r in found.rows] == [*"abcd"] and {r["answer"] for r in found.rows} == {"0"} and found.about == {"seed": 0}
     summary = found.summary()
-    assert summary["accuracy"] == pytest.approx(2 / 3) and summary["interval"] == bootstrap([1, 2 / 3, 0, 1])[1:]
+    assert summary["accuracy"] == pytest.approx(2 / 3) and summary["interval"] == (wilson(8 / 3, 4)[0], 1)
     assert summary["token_latency"] == 130 and summary["regret"] == 50 and summary["ratio"][0] == pytest.approx(130 / 80)
     assert average(three()[:1]).summary() == three()[0].summary()
     with pytest.raises(ValueError, match="^the reports are of different problems$"): average([three()[0], Report(three()[0].rows[:2])])
@@ -277,6 +277,23 @@ def test_tables_have_a_line_a_family():
     marked = markdown(lines).splitlines()
     assert len(marked) == 5 and len({line.count("|") for line in marked}) == 1 and set(marked[1]) == {"|", "-", " "}
     assert Report(ROWS)._repr_markdown_() == markdown(lines)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 3])
+def test_a_mean_of_seeds_is_no_surer_than_its_problems(wrong):
+    "One wrong answer of three seeds is no better than none: close to 1 a bootstrap is too narrow."
+    reports = [Report([row(str(i), 10, 10, correct=not (i == 0 and k < wrong)) for i in range(300)]) for k in range(3)]
+    low, high = average(reports).interval()
+    assert (low, high) == (pytest.approx(wilson(300 - wrong / 3, 300)[0]), pytest.approx(1, abs=1e-3)) and low <= wilson(300, 300)[0]
+
+
+def test_equal_pairs_are_not_proof():
+    "Where no pair differs, one in 10 may, or one in 300; the same report twice is the same report."
+    for n in (10, 300):
+        ours, theirs = (Report([row(str(i), 10, 10) for i in range(n)]) for _ in range(2))
+        mean, low, high = ours.against(theirs)["accuracy"]
+        assert mean == 0 and high == -low == pytest.approx(1.96 ** 2 / (n + 1.96 ** 2))
+        assert ours.against(ours)["accuracy"] == (0, 0, 0)
 
 
 def test_a_table_of_reports():

@@ -8,7 +8,7 @@ from helpers import ARCHITECTURES, TOKENIZERS, tiny
 
 from threadweaver_ref import rows as room
 from threadweaver_ref.cache import FlatCache
-from threadweaver_ref.rows import Part, by_rows, flat_pass, reads_by_rows
+from threadweaver_ref.rows import Part, by_products, by_rows, flat_pass, product_attention, reads_by_rows
 from threadweaver_ref.scoring import additive
 
 char = TOKENIZERS["char"]()
@@ -90,3 +90,59 @@ def test_a_model_is_asked_once():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_formats(dtype): assert reads_by_rows(tiny("Qwen3", char).to(dtype))
+
+
+# ---- whole products
+
+def attended(query, key, value, mask, scaling):
+    "(P, N, H, D): query by query, head by head."
+    out = torch.zeros(len(query), query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype)
+    for p, n, h in ((p, n, h) for p in range(len(query)) for n in range(query.shape[2]) for h in range(query.shape[1])):
+        k = h // (query.shape[1] // key.shape[1])   # head h of queries has head k of keys
+        weights = (key[p, k] @ query[p, h, n] * scaling + mask[p, 0, n]).softmax(0)
+        out[p, n, h] = weights @ value[p, k]
+    return out
+
+
+@pytest.mark.parametrize("heads, groups", [(6, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("scaling", [None, .3])
+def test_whole_products_are_attention(heads, groups, scaling):
+    g = torch.Generator().manual_seed(0)
+    shapes = (heads, 5), (groups, 7), (groups, 7)
+    query, key, value = (torch.randn(2, h, n, 8, generator=g, dtype=torch.float64, requires_grad=True) for h, n in shapes)
+    sees = torch.rand(2, 1, 5, 7, generator=g) < .5
+    sees[..., 0] = True
+    mask = additive(sees)   # float32, as `collate` makes it
+    out, weights = product_attention(None, query, key, value, mask, scaling=scaling)
+    expected = attended(query, key, value, mask, scaling or 8 ** -.5)
+    assert weights is None
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad((o * o).sum(), (query, key, value)) for o in (out, expected)]
+    for a, b in zip(*grads): torch.testing.assert_close(a, b)
+
+
+def test_what_products_do_not_do_is_left_to_sdpa(monkeypatch):
+    "No mask, dropout, more weights than may be kept."
+    asked, layer = [], tiny("Qwen3", char).model.layers[0].self_attn
+    monkeypatch.setattr(room, "AttentionInterface", lambda: {"sdpa": lambda *args, **options: asked.append(options) or ("sdpa", None)})
+    query, mask = torch.randn(1, 2, 3, 4), torch.zeros(1, 1, 3, 3)
+    assert product_attention(layer, query, query, query, mask)[0].shape == (1, 3, 2, 4) and asked == []
+    for options in (dict(attention_mask=None), dict(attention_mask=mask, dropout=.1)):
+        assert product_attention(layer, query, query, query, **options)[0] == "sdpa"
+    monkeypatch.setattr(room, "LARGEST_WEIGHTS", 17)   # 2 heads x 3 x 3
+    assert product_attention(layer, query, query, query, mask, scaling=.5)[0] == "sdpa"
+    assert [(o["dropout"], o["scaling"]) for o in asked] == [(0, None), (.1, None), (0, .5)]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_model_says_the_same_by_products(arch):
+    model = tiny(arch, char)
+    ids, mask = torch.arange(24).view(2, 12) + 3, additive(torch.ones(2, 12, 12).tril().bool())[:, None]
+    plain = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    with by_products(model, on=False): assert model.config._attn_implementation == "sdpa"
+    with by_products(model):
+        assert model.config._attn_implementation == "products"
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, plain, atol=1e-5, rtol=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    with by_products(model): assert model.config._attn_implementation == "eager"

@@ -148,7 +148,21 @@ def test_trees_that_need_more_positions_are_left_out():
 
 
 def test_a_window_that_holds_no_tree():
-    with pytest.raises(ValueError, match="there is nothing to learn"): train_sft(fresh(), TOKENIZER, MIXED, replace(SHORT, window=3))
+    with pytest.raises(ValueError, match="^window=3: there is nothing to learn in step 1"):
+        train_sft(fresh(), TOKENIZER, MIXED, replace(SHORT, window=3))
+
+
+def test_a_sampler_is_asked_again_where_the_window_holds_no_tree():
+    "Most of its problems are too long: a run does not end there, and a step stays a function of its number."
+    short, long = MIXED[0], replace(MIXED[0], closing="2;" * 300 + MIXED[0].closing)
+    def sampler(rng, step): return short if rng.random() < .2 else long
+    config = replace(SHORT, batch=1, window=200, sequential=0, autoregressive=0)
+    found = [step_batches(sampler, step, TOKENIZER, config) for step in range(8)]
+    assert all(sum(map(len, groups)) == 1 for groups in found)
+    again = step_batches(sampler, 5, TOKENIZER, config)
+    assert torch.equal(again[0][0].input_ids, found[5][0][0].input_ids)
+    with pytest.raises(ValueError, match="window=200: there is nothing to learn in step 4"):
+        step_batches(lambda rng, step: long, 3, TOKENIZER, config)
 
 
 # ---- training

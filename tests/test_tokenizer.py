@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from threadweaver_ref.format import CONTROL_TOKENS
-from threadweaver_ref.tokenizer import add_control_tokens, char_tokenizer, control_ids, encode_prompt, encode_text, stop_ids, untrained_rows
+from threadweaver_ref.tokenizer import (add_control_tokens, char_tokenizer, control_ids, encode_prompt, encode_prompts, encode_text, stop_ids,
+                                        untrained_rows)
 
 BLOCK = ("<Parallel><Outlines><Outline>1:a</Outline><Outline>2:b</Outline></Outlines>"
          "<Thread>1:x</Thread><Thread>2:y</Thread></Parallel>")
@@ -281,3 +282,10 @@ def test_stop_ids_of_a_model():
     for template in ("{{ messages[1].content }} and so on", "{{ raise_exception('no') }}"):   # these end a turn with no special token
         bare.chat_template = template
         assert stop_ids(None, bare) == ()
+
+
+@pytest.mark.parametrize("odd", [-1, 151, 99999])
+def test_ids_that_no_token_has_are_refused(odd):
+    char = char_tokenizer()
+    with pytest.raises(ValueError, match=f"question 1: there is no token {odd}; ids go from 0 to 150"): encode_prompts(char, ["1+1?", [5, odd]])
+    assert encode_prompts(char, [[5, 150]]) == [[5, 150]]

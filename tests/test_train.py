@@ -135,7 +135,7 @@ def test_settings_of_the_update_arrive(monkeypatch, tmp_path):
     log = train_sft(fresh(), TOKENIZER, [RUNNING], config)
     (args, named), = adamws
     assert args[1:] == (.02, (.7, .8)) and named["weight_decay"] == .07 and not muons and [len(c[0][0]) for c in norms] == [2] * 4
-    assert [r["lr"] / .02 for r in log] == pytest.approx([.5, 1, .5, 0])
+    assert [r["lr"] / .02 for r in log] == pytest.approx([0, .5, 1, .5])   # of each step itself
     assert {c[0][2] for c in clipped} == {.3} and made == [((), {"mixed_precision": "bf16"})] and seeded == [((3,), {})]
     assert [c[0][2] for c in saved] == [0, 3, 4]
     train_sft(fresh(), TOKENIZER, [RUNNING], replace(config, optimizer="muon", folder=None, steps=1))
@@ -149,8 +149,8 @@ def test_the_first_steps_are_small(monkeypatch):
     used, real = [], torch.optim.AdamW.step
     def step(self, *args): used.append(self.param_groups[0]["lr"]); return real(self, *args)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    train_sft(fresh(), TOKENIZER, [RUNNING], SFTConfig(steps=8, batch=1, lr=1., warmup=.5, clip=1e-9))
-    assert used == pytest.approx([0, .25, .5, .75, 1, (1 + .5 ** .5) / 2, .5, (1 - .5 ** .5) / 2])
+    log = train_sft(fresh(), TOKENIZER, [RUNNING], SFTConfig(steps=8, batch=1, lr=1., warmup=.5, clip=1e-9))
+    assert used == [r["lr"] for r in log] == pytest.approx([0, .25, .5, .75, 1, (1 + .5 ** .5) / 2, .5, (1 - .5 ** .5) / 2])
 
 
 def test_what_fills_up_weighs_nothing(monkeypatch):
@@ -255,6 +255,23 @@ def test_its_own_attention_comes_back(monkeypatch):
     monkeypatch.setattr(train, "set_seed", stop)   # as early as can be
     with pytest.raises(KeyboardInterrupt): train_sft(model, TOKENIZER, MIXED, SFTConfig(steps=1, attention="flex", mixed_precision="no"))
     assert trained_with == ["flex_attention"] and model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("precision, by", [("bf16", "products"), ("no", "sdpa")])
+@pytest.mark.parametrize("again", [False, True])
+def test_on_a_cpu_bf16_is_trained_by_products(monkeypatch, precision, by, again):
+    "Backward passes too, which compute layers again; afterwards the model attends as before."
+    model, seen = fresh(), set()
+    attend = model.model.layers[0].self_attn.forward
+    def spy(*args, **options):
+        seen.add((model.config._attn_implementation, torch.is_grad_enabled()))
+        return attend(*args, **options)
+    monkeypatch.setattr(model.model.layers[0].self_attn, "forward", spy)
+    check_model(model)
+    seen.clear()
+    log = train_sft(model, TOKENIZER, MIXED, replace(SHORT, steps=2, mixed_precision=precision, gradient_checkpointing=again))
+    assert {kind for kind, grad in seen if grad} == {by} and model.config._attn_implementation == "sdpa"
+    assert log[-1]["loss"] == pytest.approx(train_sft(fresh(), TOKENIZER, MIXED, replace(SHORT, steps=2, mixed_precision="no"))[-1]["loss"], rel=.02)
 
 
 def test_flex_attention_is_refused_on_a_cpu():

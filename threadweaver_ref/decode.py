@@ -140,7 +140,8 @@ def _crowded(self:Decoder):
 
 @patch
 def _choose(self:Decoder, lives, logits):
-    "The next token of every branch, and its log-probability under the model itself. Raises `FloatingPointError` for logits that are no numbers."
+    """The next token of every branch, and its log-probability under the model itself. Raises `FloatingPointError` for logits that are no
+    numbers, `ValueError` where a hook leaves nothing to write."""
     total, config, own = logits.logsumexp(-1), self.config, logits   # (B,), ..., (B, V)
     if not total.isfinite().all(): raise FloatingPointError("the model's logits are not numbers (NaN or infinite)")
     if config.hook: logits = torch.stack([self._hooked(live, row.clone()) for live, row in zip(lives, logits)])
@@ -149,6 +150,7 @@ def _choose(self:Decoder, lives, logits):
     if banned:
         logits = logits.clone()
         logits[[b for b, _ in banned], [i for _, i in banned]] = -torch.inf
+    if logits is not own and (logits.amax(-1) == -torch.inf).any(): raise ValueError("a hook and what is banned here leave no token to write")
     levels = self._levels(lives) if config.temperature else None
     chosen = choose(logits, levels, config.temperature, config.top_k, config.top_p)
     return chosen.tolist(), (own.gather(1, chosen[:, None])[:, 0] - total).tolist()

@@ -174,9 +174,11 @@ def read_rows(path) -> list:
     return rows
 
 def write_rows(path, rows):
-    "Write objects to a file, one a line; its folder is made."
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8", newline="\n")
+    "Write objects to a file, one a line; its folder is made. A kill leaves the old file or the new one."
+    path, part = Path(path), Path(f"{path}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8", newline="\n")
+    part.replace(path)
 
 # %% ../nbs/08c_domains.ipynb #056ec516
 def _problem(row):

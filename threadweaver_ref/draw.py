@@ -131,7 +131,7 @@ def show_tree(
     names=(),        # of the spans, written above them
     legend=True,
 ):
-    "Tokens at their positions, one row a branch. Sampled ones are solid, forced ones pale and hatched; a frame marks `token`. Returns the axes."
+    "Tokens at their positions, one line a row. Sampled ones are solid, forced ones pale and hatched; a frame marks `token`. Returns the axes."
     rows, position, sampled = span_lanes(packed), packed.position_ids.tolist(), packed.sampled.tolist()
     width, colors = max(position) + 1, span_colors(packed, .6) if colors is None else torch.as_tensor(colors).clone()
     colors[~packed.sampled.cpu()] = tint(colors[~packed.sampled.cpu()], .55)

@@ -50,12 +50,14 @@ def problem_row(rollout, problem, schedules, seconds, control) -> dict:
             "well_formed": rollout.well_formed, "seconds": round(seconds, 5), **schedules}
 
 # %% ../nbs/20_evaluate.ipynb #84290c32
-def _continued(out, about):
+def _continued(out, about, problems):
     "The rows that are there already; the file is left with whole lines. Raises `ValueError` for a report of something else."
     found = read_report(out) if Path(out).exists() and Path(out).stat().st_size else Report([], about)
     ours, there = about["settings"], found.about["settings"]
     if other := [k for k in {**ours, **there} if ours.get(k) != there.get(k)]:
         raise ValueError(f"{out} holds another report, its {other[0]} differs: choose another file, or remove it")
+    if [r["question"] for r in found.rows] != [p.question for p in problems[:len(found.rows)]]:   # two runs wrote into it at once
+        raise ValueError(f"{out} has rows twice or out of order: choose another file, or remove it")
     write_rows(out, [found.about, *found.rows])
     return found
 
@@ -76,7 +78,7 @@ def evaluate(
 ) -> Report:
     "Answer every problem. `seconds` of a row: of its batch, divided by the problems in it. Raises `ValueError` for a file that holds another report."
     about = json.loads(json.dumps({**(about or {}), "settings": _settings(model, problems, config, answer)}))
-    report = _continued(out, about) if out else Report([], about)
+    report = _continued(out, about, problems) if out else Report([], about)
     seeds, length, control = default_seeds(config.seed, [p.question for p in problems]), text_length(tokenizer), control_ids(tokenizer)
     merged = decoding_copy(model)   # once, not in every batch
     for at in tqdm(range(len(report.rows), len(problems), config.batch), desc=config.mode, disable=not progress, leave=False):
@@ -130,9 +132,10 @@ def in_turn(
 
 def _timed_before(path, head, problems) -> list:
     "Rows of whole portions in a file of the same runs and problems; it then holds no others. Raises `ValueError` for a file of something else."
-    first, *rows = read_lines(path) if path.exists() else [head]
+    first, *rows = (read_lines(path) if path.exists() else []) or [head]
     same = [r["question"] for r in rows] == [p.question for p in problems[:len(rows)]] and all(set(head["runs"]) <= set(r) for r in rows)
-    if first.get("runs") != head["runs"] or not same: raise ValueError(f"{path} is of other runs or problems: choose another folder")
+    if not same or any(first.get(k) != head[k] for k in ("runs", "settings")):
+        raise ValueError(f"{path} is of other runs, settings or problems: choose another folder, or remove it")
     whole = rows if len(rows) == len(problems) else rows[:len(rows) // head["batch"] * head["batch"]]
     write_rows(path, [first, *whole])
     return whole
@@ -142,8 +145,10 @@ def time_all(runs, problems, batches=(1, 64), out=None, about=None) -> list:
 
     Raises `ValueError` for a folder with another measurement."""
     lines, first = [], next(iter(runs))
+    settings = {n: _settings(model, problems, config, answer) for n, (model, _, config, answer) in _four(runs).items()} if out else {}
     for batch in batches:
         file, head = Path(out) / f"seconds-{batch}.jsonl" if out else None, {**(about or {}), "batch": batch, "runs": list(runs)}
+        head = json.loads(json.dumps({**head, "settings": settings}))
         kept = {"rows": _timed_before(file, head, problems), "on_rows": partial(_append, file)} if file else {}
         rows = in_turn(runs, problems, batch, **kept)
         lines += [f"{batch} at a time, {n}: {spread(times_faster(rows, n, first))} times as fast as {first}" for n in runs]
@@ -163,7 +168,7 @@ def public_path(path) -> str:
 
 def policy_name(policy) -> str:
     "What a policy is called in files: by its recipe, where the folder is that of a run."
-    parts = Path(policy).parts
+    parts = Path(policy).parts or Path.cwd().parts   # `.`
     return parts[-2] if len(parts) > 1 and parts[-1] in ("policy", "policy-merged") else parts[-1]
 
 def named_policies(

@@ -6,6 +6,7 @@
 __all__ = ['ForkJoin', 'MODES', 'Limits', 'ThreadError', 'Branch']
 
 # %% ../nbs/05_forkjoin.ipynb #f4d865b5
+import functools
 from dataclasses import replace
 
 from fastcore.basics import patch
@@ -120,7 +121,12 @@ def _block(self:ForkJoin, branch) -> tuple:
     return start, parse_outlines(text)
 
 @patch
-def _decode(self:ForkJoin, ids): return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _decode(self:ForkJoin, ids):
+    "The text of a stretch of ids, read behind a tag: where a text begins, some tokenizers leave out a blank."
+    decode = functools.partial(self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    tag = "</Parallel>"
+    behind = decode([self.control[tag], *ids])
+    return behind.removeprefix(tag) if behind.startswith(tag) else decode(ids)
 
 # %% ../nbs/05_forkjoin.ipynb #1611494f
 @patch

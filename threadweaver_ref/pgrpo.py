@@ -50,6 +50,8 @@ class PGRPOConfig(TrainConfig):
         if self.group < 2: raise ValueError(f"group={self.group}: an advantage needs at least 2 rollouts to compare")
         if self.mode not in MODES: raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if not 0 <= self.sequential <= 1: raise ValueError(f"sequential={self.sequential}: must lie between 0 and 1")
+        if self.sequential and not round(self.sequential * self.batch):
+            raise ValueError(f"sequential={self.sequential} of {self.batch} problems is none: give 0, or more than {.5 / self.batch:.3g}")
         if not 1e-3 <= self.temperature < math.inf:   # at 0 the rollouts of a group are all alike
             raise ValueError(f"temperature={self.temperature}: must be at least 0.001 and finite")
         if self.decode_dtype not in (None, "bfloat16", "float16"):
@@ -118,7 +120,7 @@ def ratios(
     "(T,): the learner's probability of every sampled token over the sampler's. Raises `ValueError` where an engine does not know its own."
     if any(r.logprobs.isnan().any() for r in rollouts): raise ValueError("the engine gave no log-probabilities of the model itself: no ratios")
     device = next(model.parameters()).device
-    found = [tree_logprobs(model, collate([r.tree.pack()], device)).cpu() - r.logprobs for r in rollouts if len(r.logprobs)]
+    found = [tree_logprobs(model, collate([r.tree.scored().pack()], device)).cpu() - r.logprobs for r in rollouts if len(r.logprobs)]
     return torch.cat(found).exp() if found else torch.ones(0)
 
 def ratio_row(found) -> dict:
@@ -226,6 +228,9 @@ class Speedup:
     rho: float = 0.5
     clip: float = 0.2
     until: int | None = None   # the step from which there is no bonus; until then it falls evenly. None: it stays
+
+    def __post_init__(self):
+        if self.until is not None and self.until < 1: raise ValueError(f"until={self.until}: must be at least 1")
 
     def at(self, step):
         "The reward of a step, from 0."

@@ -14,7 +14,13 @@ from .tokenizer import control_ids, encode_text
 from .tree import SpanTree
 
 # %% ../nbs/06_replay.ipynb #a150f1ab
-def _text_ids(text, tokenizer): return list(text.ids) if text.ids else encode_text(tokenizer, text.text)
+def _text_ids(text, tokenizer):
+    "Ids of a text. Raises `ValueError` where one that we wrote ourselves holds a special token: what was only meant would happen."
+    if text.ids: return list(text.ids)
+    ids = encode_text(tokenizer, text.text)
+    special = set(ids) & set(tokenizer.all_special_ids) - {*control_ids(tokenizer).values()}
+    if special: raise ValueError(f"{text.text[:60]!r} holds {tokenizer.decode([min(special)])}, which this tokenizer reads as a special token")
+    return ids
 
 def _block_ids(fork, tokenizer):
     "Ids from `<Parallel>` to `</Outlines>`. Raises `FormatError` for a fork with more or fewer threads than outlines."
@@ -90,7 +96,7 @@ def replay(
 ) -> SpanTree:
     """The tree that decoding would have grown: what the model must write is sampled, the rest is forced.
 
-    Raises `ValueError` for an unknown mode, `FormatError` for a fork that the machine refuses."""
+    Raises `ValueError` for an unknown mode and for special tokens in a text, `FormatError` for a fork that the machine refuses."""
     if mode not in MODES: raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
     if mode != "parallel": join = "concat"   # the text in one line is what `concat` joins
     steps = list(play(trajectory, prompt_ids, tokenizer, join, finish_reason, stops=stops, end=end))

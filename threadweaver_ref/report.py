@@ -124,10 +124,18 @@ def summary(self:Report) -> dict:
 
 @patch
 def interval(self:Report) -> tuple:
-    "(low, high) of the accuracy: Wilson's, or for a mean over several reports a bootstrap over problems."
+    """(low, high) of the accuracy: Wilson's. For a mean over several reports the wider of a bootstrap over problems and Wilson's, at
+    either end: close to 0 and 1 a bootstrap is too narrow."""
     marks = [r["correct"] for r in self.rows]
     if not marks: return None, None
-    return wilson(sum(marks), len(marks)) if all(m in (0, 1) for m in marks) else bootstrap(marks)[1:]
+    low, high = wilson(sum(marks), len(marks))
+    return (low, high) if all(m in (0, 1) for m in marks) else (min(low, bootstrap(marks)[1]), max(high, bootstrap(marks)[2]))
+
+def _difference(values):
+    "(mean, low, high) of paired differences of marks. Where all pairs are equal, as far as Wilson's interval of no unequal pair goes."
+    reach = wilson(0, len(values))[1] if values and not any(values) else 0.0
+    mean, low, high = bootstrap(values)
+    return (mean, low - reach, high + reach) if values else (mean, low, high)
 
 # %% ../nbs/19b_report.ipynb #914a7719
 @patch
@@ -141,7 +149,7 @@ def against(
     if [r["question"] for r in self.rows] != [r["question"] for r in baseline.rows]: raise ValueError("the two reports are of different problems")
     both = [(a, b) for a, b in pairs if a["correct"] == b["correct"] == 1]
     return {"speedup": bootstrap([b["token_latency"] / a["token_latency"] for a, b in both]),
-            "accuracy": bootstrap([a["correct"] - b["correct"] for a, b in pairs]), "both": len(both)}
+            "accuracy": (0.0, 0.0, 0.0) if self is baseline else _difference([a["correct"] - b["correct"] for a, b in pairs]), "both": len(both)}
 
 def average(
     reports: list,  # of several seeds, on the same problems

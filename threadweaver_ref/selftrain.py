@@ -53,10 +53,11 @@ def train_on_kept(
     trees: list,    # `SpanTree`s of kept rollouts
     sft=SFTConfig(batch=16, lr=1e-4),   # its number of steps is made from `epochs`
     epochs=1,
+    on_step=None,   # called with (step, row of the log)
 ) -> list:
     "Fine-tune in place on what was kept; returns the log."
     batch = min(sft.batch, len(trees))
-    return train_sft(model, tokenizer, trees, replace(sft, batch=batch, steps=math.ceil(epochs * len(trees) / batch)))
+    return train_sft(model, tokenizer, trees, replace(sft, batch=batch, steps=math.ceil(epochs * len(trees) / batch)), on_step)
 
 def self_train(
     model,
@@ -67,10 +68,11 @@ def self_train(
     epochs=1,
     group=1,       # as for `sample_kept`, and so is `reward`
     reward=None,
+    on_step=None,  # called with (step, row of the log)
 ) -> tuple:
     "Roll out, keep, fine-tune in place: (kept rollouts, log). Raises `ValueError` if nothing is kept."
     kept = sample_kept(model, tokenizer, problems, decoding, group, reward)
-    return kept, train_on_kept(model, tokenizer, [r.tree for r in kept], sft, epochs)
+    return kept, train_on_kept(model, tokenizer, [r.tree for r in kept], sft, epochs, on_step)
 
 # %% ../nbs/18_selftrain.ipynb #bd16646f
 def kept_trees(

@@ -57,11 +57,15 @@ def example_tree(
 
 # %% ../nbs/15_sft.ipynb #a7206e46
 def step_batches(problems, step, tokenizer, config) -> list:
-    "The micro-batches of packed trees of one step: a function of the seed and the step alone."
+    """The micro-batches of packed trees of one step: a function of the seed and the step alone. A sampler whose trees all need more than the
+    window is asked again. Raises `ValueError` where none fits."""
     rng = random.Random(f"{config.seed} step {step}")
-    trees = [example_tree(p, tokenizer, config, rng).scored() for p in step_problems(problems, step, config, rng)]
-    packed = [t.pack() for t in trees if len(t)]
-    return micro_batches([p for p in packed if not config.window or int(p.position_ids.max()) < config.window], config.micro_tokens)
+    for _ in range(100 if callable(problems) else 1):
+        trees = [example_tree(p, tokenizer, config, rng).scored() for p in step_problems(problems, step, config, rng)]
+        packed = [t.pack() for t in trees if len(t)]
+        fit = [p for p in packed if not config.window or int(p.position_ids.max()) < config.window]
+        if fit or not packed: return micro_batches(fit, config.micro_tokens)
+    raise ValueError(f"window={config.window}: there is nothing to learn in step {step + 1}, all of its trees need more positions")
 
 # %% ../nbs/15_sft.ipynb #947501e9
 def train_sft(

@@ -165,12 +165,14 @@ def encode_prompt(
     return _in_front(tokenizer) + _encode_plain(tokenizer, text)
 
 def encode_prompts(tokenizer, questions, chat=None) -> list:
-    "`encode_prompt` of every question. Raises `ValueError` that names one by its number, from 0; for one without tokens too."
+    "`encode_prompt` of every question. Raises `ValueError` that names one by its number, from 0; for one without tokens, or with unknown ids, too."
     prompts = []
     for number, question in enumerate(questions):
         try: prompts.append(encode_prompt(tokenizer, question, chat))
         except ValueError as error: raise ValueError(f"question {number}: {error}") from None
         if not (question and prompts[-1]): raise ValueError(f"question {number} is empty")
+        if odd := [i for i in prompts[-1] if not 0 <= i < len(tokenizer)]:
+            raise ValueError(f"question {number}: there is no token {odd[0]}; ids go from 0 to {len(tokenizer) - 1}")
     return prompts
 
 # %% ../nbs/02_tokenizer.ipynb #4ceca722

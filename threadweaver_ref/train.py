@@ -218,9 +218,9 @@ def _run(config, run, start, setup, one_step, on_step, name):
     began = time.perf_counter() - (log[-1]["seconds"] if log else 0)
     bar = dict(initial=start, total=config.steps, desc=name, mininterval=1, **({} if main else {"disable": True}))
     for step in tqdm(range(start, config.steps), **bar):
-        row = one_step(step, setup)
+        row = {"step": step + 1, **one_step(step, setup), "lr": setup.schedules[0].get_last_lr()[0]}
         _advance(setup.schedules)
-        log.append({"step": step + 1, **row, "lr": setup.schedules[0].get_last_lr()[0], "seconds": time.perf_counter() - began})
+        log.append({**row, "seconds": time.perf_counter() - began})
         if main: run.append(log[-1])
         if on_step: on_step(step + 1, log[-1])
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps: run.save(setup.accelerator, step + 1, setup.schedules)
