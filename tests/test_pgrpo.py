@@ -57,7 +57,6 @@ def run(folder=None, steps=4, own=False, paid=None, **options):
 
 BAD = [(dict(group=1), "at least 2"), (dict(normalize="max"), "choose mean or std"), (dict(lr=0.0), "above 0"),
        (dict(mode="fast"), "choose one of"),
-       (dict(sequential=.05, batch=10), "of 10 problems is none: give 0, or more than 0.05"),
        (dict(join="glue"), "glue"), (dict(steps=0), "at least 1"), (dict(attention="flex"), "dense"),
        (dict(optimizer="sgd"), "adamw or muon"), (dict(clip=0.0), "above 0"), (dict(warmup=2.0), "between 0 and 1"),
        (dict(weight_decay=-1.0), "below 0"), (dict(decode_dtype="half"), "choose bfloat16 or float16"),

@@ -40,7 +40,7 @@ class PGRPOConfig(TrainConfig):
     decode_dtype: str | None = None   # "bfloat16" or "float16": rollouts of a rounded copy, a little off the policy; None: as the model is
     group: int = 8                # rollouts of each problem
     mode: str = "parallel"        # "sequential": the baseline without forks
-    sequential: float = 0.0       # share of a step's problems that are answered in sequential mode, so that it is not forgotten
+    sequential: float = 0.0       # share of a step's problems, rounded to whole ones, answered in sequential mode, so that it is not forgotten
     temperature: float = 1.0      # of the rollouts, and of the probabilities that they are scored by
     limits: Limits = Limits(max_tokens=2048, max_thread_tokens=1024)
     normalize: str = "mean"       # of the advantages: "mean" or "std"
@@ -50,8 +50,6 @@ class PGRPOConfig(TrainConfig):
         if self.group < 2: raise ValueError(f"group={self.group}: an advantage needs at least 2 rollouts to compare")
         if self.mode not in MODES: raise ValueError(f"unknown mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if not 0 <= self.sequential <= 1: raise ValueError(f"sequential={self.sequential}: must lie between 0 and 1")
-        if self.sequential and not round(self.sequential * self.batch):
-            raise ValueError(f"sequential={self.sequential} of {self.batch} problems is none: give 0, or more than {.5 / self.batch:.3g}")
         if not 1e-3 <= self.temperature < math.inf:   # at 0 the rollouts of a group are all alike
             raise ValueError(f"temperature={self.temperature}: must be at least 0.001 and finite")
         if self.decode_dtype not in (None, "bfloat16", "float16"):
