@@ -118,7 +118,7 @@ def test_a_special_token_in_an_answer_is_said(name):
     fault = [f"its answer holds {tokenizer.eos_token}, which this tokenizer reads as a special token"]
     bare, step = Problem("w?", "1", "yours"), Step("a", (), "a", f"x {tokenizer.eos_token} ")
     row = Row(1, bare, said)
-    with pytest.raises(ValueError, match="behind a stop token"): training_items([row], tokenizer, share=0)
+    with pytest.raises(ValueError, match="which this tokenizer reads as a special token"): training_items([row], tokenizer, share=0)
     for bad in (row, Row(1, Problem("w?", "1", "yours", [step], closing="\\boxed{1}")),
                 Row(1, Problem("w?", "1", "yours", [Step("a", (), "a", "x")], closing=said)), Row(1, Problem("w?", tokenizer.eos_token, "yours"))):
         assert token_faults(bad, tokenizer) == fault
