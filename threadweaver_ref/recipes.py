@@ -91,7 +91,6 @@ def _config(kind, settings):
 def _options(options, known):
     if unknown := [k for k in options if k not in known]: raise ValueError(f"unknown reward option {unknown[0]!r}: choose {' or '.join(known)}")
     for k, v in options.items(): _number(k, v, int if k == "until" else float)
-    if options.get("until", 1) < 1: raise ValueError(f"until={options['until']}: must be at least 1")
     return options
 
 def _paid(value):
@@ -100,7 +99,8 @@ def _paid(value):
     if "speedup" not in value: return functools.partial(reward, **_options(value, ("rho", "clip"))), None
     options = value["speedup"] or {}
     if len(value) > 1 or not isinstance(options, dict): raise ValueError(f"reward={value!r}: give {{speedup: {{rho: 0.5, clip: 0.2}}}}")
-    return reward, _options(options, ("rho", "clip", "until"))
+    Speedup({}, **_options(options, ("rho", "clip", "until")))   # refuses what it does not take
+    return reward, options
 
 def _rollouts(value):
     if not isinstance(value, dict) or set(value) - {"questions", "group"}: raise ValueError(f"rollouts={value!r}: give {{questions: 256, group: 1}}")

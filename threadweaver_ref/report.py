@@ -128,8 +128,9 @@ def interval(self:Report) -> tuple:
     either end: close to 0 and 1 a bootstrap is too narrow."""
     marks = [r["correct"] for r in self.rows]
     if not marks: return None, None
-    low, high = wilson(sum(marks), len(marks))
-    return (low, high) if all(m in (0, 1) for m in marks) else (min(low, bootstrap(marks)[1]), max(high, bootstrap(marks)[2]))
+    (low, high), whole = wilson(sum(marks), len(marks)), all(m in (0, 1) for m in marks)
+    _, below, above = (None, low, high) if whole else bootstrap(marks)
+    return min(low, below), max(high, above)
 
 def _difference(values):
     "(mean, low, high) of paired differences of marks. Where all pairs are equal, as far as Wilson's interval of no unequal pair goes."

@@ -54,7 +54,7 @@ def quick(rng, situation, small=False) -> Story:
 # %% ../nbs/31_words.ipynb #d28eb5c3
 @family
 def chain(rng, situation, small=False) -> Story:
-    "Each step needs the one before; one or two need a short one beside it, the last of them two. Forking gains nothing."
+    "Each step needs the one before. Some need a short one beside it, and the last of these takes two steps. Forking gains nothing."
     story, start, n = Story(rng, situation, 7), rng.choice(["plain", "quick", "medium"]), rng.randint(2, 3) if small else 3
     last, asides = story.plain(11, 99) if start == "plain" else story.product(start), rng.randint(0, 1) if small else 2
     beside = {i: story.product("quick") for i in rng.sample(range(n), asides)}
