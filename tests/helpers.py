@@ -1,4 +1,5 @@
 """Shared by the tests: tiny models of several architectures, two tokenizers, random trajectories."""
+import copy
 import functools
 import json
 import random
@@ -44,6 +45,15 @@ def bpe_tokenizer(merges=400):
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=special[0], pad_token=special[1], clean_up_tokenization_spaces=False)
     add_control_tokens(fast)
     return fast
+
+
+def chat_tokenizer():
+    "The BPE tokenizer with a chat template, in which a turn has an end of its own."
+    tokenizer = copy.deepcopy(bpe_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    return tokenizer
 
 
 TOKENIZERS = {"char": functools.cache(char_tokenizer), "bpe": bpe_tokenizer}

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from helpers import TOKENIZERS
+from helpers import TOKENIZERS, chat_tokenizer, tiny
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,14 +41,15 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().valu
 
 
 @pytest.mark.parametrize("wrong, said", [(dict(sft_steps=-1), "sft_steps=-1: must not be negative"), (dict(join="sum"), "sum"),
-                                         (dict(lora=-2), "lora=-2"), (dict(sft_steps=0, rl_steps=0), "nothing to do"),
+                                         (dict(lora=-2), "lora=-2"), (dict(base="mini", lora=4), "lora=4: new weights"),
+                                         (dict(sft_steps=0, rl_steps=0), "nothing to do"),
                                          (dict(batch=0), "batch=0: must be at least 1"),
                                          (dict(rl_batch=0), "rl_batch=0"), (dict(save_every=0), "save_every=0"),
                                          (dict(lr=0.0), "lr=0.0: must be above 0"),
                                          (dict(lr=-1.0), "lr=-1.0"), (dict(rl_lr=0.0), "rl_lr=0.0"), (dict(rl_lr=float("nan")), "rl_lr=nan"),
                                          (dict(lr=float("inf")), "lr=inf: must be above 0 and finite")])
 def test_mistakes_in_a_plan(wrong, said):
-    with pytest.raises(ValueError, match=said): Plan("mini-sft", **wrong)
+    with pytest.raises(ValueError, match=said): Plan(**{"base": "mini-sft", **wrong})
 
 
 def test_a_tiny_base_is_trained_in_all_its_weights_and_another_one_through_lora(monkeypatch):
@@ -214,6 +215,19 @@ def test_a_policy_of_another_kind_is_replaced(rows, tmp_path):
     whole, *_ = adapt(rows, tmp_path, Plan("mini-sft", **{**LITTLE, "rl_steps": 0}))
     assert not (tmp_path / "policy" / "adapter_config.json").exists() and same(whole, load_policy(tmp_path / "policy", device="cpu")[0])
     assert {f.name for f in tmp_path.iterdir()} == {"runs", "policy", "plan.json"}
+
+
+def test_a_policy_never_takes_the_place_of_its_base_or_of_something_else(rows, tmp_path):
+    adapt(rows, tmp_path / "one", Plan("mini-sft", **{**LITTLE, "rl_steps": 0}))
+    place = tmp_path / "one" / "policy"
+    before = {f.name: f.read_bytes() for f in place.iterdir()}
+    with pytest.raises(ValueError, match="one/policy is the base itself: choose another folder"):
+        adapt(rows, tmp_path / "one", Plan(str(place), **{**LITTLE, "sft_steps": 0}, lora=4))
+    (tmp_path / "two" / "policy").mkdir(parents=True)
+    (tmp_path / "two" / "policy" / "insurance.pdf").write_text("mine")
+    with pytest.raises(ValueError, match="two/policy is no policy folder"): adapt(rows, tmp_path / "two", Plan("mini-sft", **LITTLE))
+    assert before == {f.name: f.read_bytes() for f in place.iterdir()} and (tmp_path / "two" / "policy" / "insurance.pdf").exists()
+    assert not (tmp_path / "one" / "runs" / "rl").exists() and not (tmp_path / "two" / "runs").exists()
 
 
 def test_two_processes_adapt_as_one_does(data, tmp_path):
@@ -411,6 +425,53 @@ def test_a_stopped_rewriting_is_kept_and_said_by_the_exit_code(run, monkeypatch,
     write_rows(tmp_path / "a.jsonl", [{"question": "1?", "answer": "47", "text": "Ann: 3*4=12. Bob: 5*7=35. \\boxed{47}"}])
     code, out, err = run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl", "--url", "http://x", "--model", "m")
     assert code == 130 and "stopped here" in err and len(read_yours(tmp_path / "b.jsonl").rows) == 1
+
+
+def test_what_a_killed_rewriting_has_done_is_kept(run, monkeypatch, tmp_path):
+    "By a kill that no handler sees: the rows so far are in a file beside."
+    class Killed(BaseException): pass
+    def ask(prompt):
+        if "second" in prompt: raise Killed
+        return '[{"pieces": [1], "needs": [], "outline": "pens"}, {"pieces": [2], "needs": [], "outline": "books"}]'
+    monkeypatch.setattr("threadweaver_ref.cli_adapt._asking", lambda url, model: ask)
+    text = "Ann: 3*4=12. Bob: 5*7=35. \\boxed{47}"
+    write_rows(tmp_path / "a.jsonl", [{"question": q, "answer": "47", "text": text} for q in ("first?", "second?")])
+    with pytest.raises(Killed): run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "b.jsonl", "--url", "http://x", "--model", "m")
+    assert [r.kind for r in read_yours(tmp_path / "b.jsonl.part").rows] == ["steps"]
+    (tmp_path / "taken").mkdir()
+    code, _, err = run("rewrite", tmp_path / "a.jsonl", "--out", tmp_path / "taken", "--url", "http://x", "--model", "m")   # before anything is asked
+    assert code == 2 and "taken" in err and err.count("\n") == 1
+
+
+def test_mistakes_are_said_once_not_by_every_process(run, data, monkeypatch, tmp_path):
+    monkeypatch.setattr("threadweaver_ref.cli_adapt.in_processes", lambda n: pytest.fail("it began"))
+    for base, file, said in (("mini-sft", tmp_path / "missing.jsonl", "missing.jsonl"), ("mini-sfff", data, "no policy 'mini-sfff'")):
+        code, _, err = run("train", "--base", base, "--data", file, "--out", tmp_path / "out", "--processes", "2")
+        assert code == 2 and said in err
+
+
+def test_a_pretrained_kind_of_model_goes_the_whole_way(run, tmp_path):
+    "Pieces of words, a chat template, an end of turn, LoRA: from a file to a merged folder that Transformers loads and that forks."
+    tokenizer = chat_tokenizer()
+    save_policy(tiny("Llama", tokenizer, max_position_embeddings=1024), tokenizer, tmp_path / "base")
+    def step(n): return {"name": f"{n}", "needs": [], "outline": f"look at {n}", "work": f" {n} is there and it is {n}."}
+    def row(i): return {"question": f"What are {i} and {i + 1}?", "answer": f"{2 * i + 1}", "steps": [step(i), step(i + 1)],
+                        "closing": f" So \\boxed{{{2 * i + 1}}}"}
+    write_rows(tmp_path / "a.jsonl", map(row, range(90)))
+    code, out, err = run("check", tmp_path / "a.jsonl", "--base", tmp_path / "base")
+    assert code == 0 and "90 good" in out
+    code, out, err = run("train", "--base", tmp_path / "base", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "run", "--lora", 4,
+                         "--sft-steps", 2, "--rl-steps", 1, "--batch", 2, "--rl-batch", 1)
+    assert code == 0 and "rl: 1 steps" in out and (tmp_path / "run" / "policy" / "adapter_config.json").is_file()
+    code, out, err = run("eval", "--policy", tmp_path / "run", "--data", tmp_path / "a.jsonl", "--problems", 2, "--longest", 40)
+    assert code == 0 and "sequential" in out and "parallel" in out
+    code, out, err = run("export", "--policy", tmp_path / "run", "--out", tmp_path / "merged")
+    assert code == 0 and (tmp_path / "merged" / "custom_generate" / "generate.py").is_file()
+    alone, reader = (auto.from_pretrained(tmp_path / "merged") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    assert reader.chat_template == tokenizer.chat_template and len(reader) == len(load_policy(tmp_path / "run" / "policy", device="cpu")[1])
+    ids = reader("What?", return_tensors="pt").input_ids
+    found = alone.generate(ids, custom_generate=str(tmp_path / "merged"), trust_remote_code=True, max_new_tokens=8, tokenizer=reader)
+    assert found.shape[1] > ids.shape[1]
 
 
 def test_train_eval_export(run, data, tmp_path):

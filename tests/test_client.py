@@ -94,17 +94,18 @@ def test_a_replica_that_is_gone_is_not_missed(tiny_rl, recorded):
 
 # ---- faults
 
-def run(tokenizer, recorded, times, fault, **options):
+def run(tokenizer, recorded, times, fault, dialect="generate", **options):
     "`times` rollouts of every question against a faulty server: (rollouts, what is right, the client, the server)."
     questions, local, write = recorded
-    with StandIn(write, fault=fault, slow=1.5) as server:
+    with StandIn(write, fault=fault, slow=1.5, dialects=[dialect]) as server:
         found = client(server, **{"timeout": 1.0, **options})
         return generate_remote(found, tokenizer, questions * times, DecodeConfig(batch=20)), local * times, found, server
 
 
-def test_two_hundred_rollouts_at_a_tenth_of_faults(tiny_rl, recorded):
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_two_hundred_rollouts_at_a_tenth_of_faults(tiny_rl, recorded, dialect):
     rng = random.Random(0)
-    remote, right, found, server = run(tiny_rl[1], recorded, 10, lambda number: rng.choice(PASSING) if rng.random() < .1 else None)
+    remote, right, found, server = run(tiny_rl[1], recorded, 10, lambda number: rng.choice(PASSING) if rng.random() < .1 else None, dialect)
     complete = [same(a, b) for a, b in zip(remote, right, strict=True) if a.finish_reason != "error"]
     assert len(remote) == 200 and all(complete) and len(complete) >= 198 and {*server.faults} == {*PASSING}
     assert found.counts["attempts"] >= found.counts["requests"] + len(server.faults) > 1000
@@ -120,14 +121,15 @@ def test_none_is_wrong_when_most_answers_are(tiny_rl, recorded):
         else: assert any(isinstance(e, EngineError) and str(e) and "\n" not in str(e) for e in a.errors)
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("fault", PASSING, ids=lambda f: f"fault-{f}")   # a test called slow would be skipped
-def test_every_fault_alone(tiny_rl, recorded, fault):
+def test_every_fault_alone(tiny_rl, recorded, fault, dialect):
     questions, local, write = recorded
-    with StandIn(write, fault=lambda number: fault if number % 2 == 0 else None, slow=1.5) as server:
+    with StandIn(write, fault=lambda number: fault if number % 2 == 0 else None, slow=1.5, dialects=[dialect]) as server:
         found = client(server, timeout=1.0)
         assert all(map(same, generate_remote(found, tiny_rl[1], questions[1:3]), local[1:3]))
     assert fault in server.faults
-    with StandIn(write, fault=lambda number: fault, slow=1.5) as server:
+    with StandIn(write, fault=lambda number: fault, slow=1.5, dialects=[dialect]) as server:
         r, = generate_remote(client(server, timeout=.3, retries=1), tiny_rl[1], questions[:1])
     assert r.finish_reason == "error" and "2 attempts" in str(r.errors[0]) and r.text == "" and len(server.bodies) == 2
 

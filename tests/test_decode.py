@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, TOKENIZERS, bpe_tokenizer, random_text, tiny
+from helpers import ARCHITECTURES, TOKENIZERS, chat_tokenizer, random_text, tiny
 from test_sampling import SAMPLING
 
 from threadweaver_ref import decode, reader, rows
@@ -649,10 +649,7 @@ def test_every_stop_id_of_the_generation_config_ends_a_text():
 
 
 def test_a_question_is_the_users_turn_of_a_chat_template():
-    tokenizer = copy.deepcopy(bpe_tokenizer())
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}, replace_extra_special_tokens=False)
-    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-                               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    tokenizer = chat_tokenizer()
     model, asked, limits = tiny("Qwen3", tokenizer), "What is 2+2? <|im_end|>", Limits(max_tokens=8)
     chat, plain = (generate(model, tokenizer, [asked], DecodeConfig(chat=chat, limits=limits))[0] for chat in (None, False))
     assert chat.tree.ids[0] == encode_prompt(tokenizer, asked, True) and plain.tree.ids[0] == encode_prompt(tokenizer, asked, False)

@@ -3,6 +3,7 @@ import json
 import random
 import shutil
 import sys
+from types import SimpleNamespace
 from dataclasses import fields, replace
 
 import pytest
@@ -15,11 +16,13 @@ from threadweaver_ref import cli
 from threadweaver_ref import recipes as room
 from threadweaver_ref.checkpoint import describe
 from threadweaver_ref.domains import DOMAINS, Problem, RandomForks, Sequential, WheneverReady, allowed, domain, find_domain, split_of
+from threadweaver_ref.format import Text
 from threadweaver_ref.forkjoin import Limits
 from threadweaver_ref.hub import PACKAGED
 from threadweaver_ref.model import SIZES, add_lora, load_policy, merge_lora, save_policy, shipped_policies, tiny_model
 from threadweaver_ref.pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies
 from threadweaver_ref.recipes import load_recipe, recipes, train_recipe
+from threadweaver_ref.replay import replay
 from threadweaver_ref.schoolbook import held_out, mixture
 from threadweaver_ref.sft import SFTConfig
 from threadweaver_ref.tokenizer import char_tokenizer, encode_prompt
@@ -292,12 +295,17 @@ def test_references_under_other_limits_are_not_taken(paid, other):
 
 def test_a_round_of_self_training_is_sampled_as_it_is_trained(monkeypatch, tmp_path):
     "With or without the chat template; and each step is told of."
-    trained = spied(monkeypatch, room, "self_train")
-    monkeypatch.setattr(room, "self_train", lambda *args, **options: trained.append((args, options)) or (None, []))
+    sampled, tree = [], replay([Text("1")], [0], char_tokenizer())
+    monkeypatch.setattr(room, "sample_kept", lambda *args: sampled.append(args) or [SimpleNamespace(tree=tree)])
+    kept = spied(monkeypatch, room, "train_on_kept")
     path, told = written(tmp_path, "kind: selftrain\nchat: false\nseed: 3\njoin: kv\nrollouts: {questions: 2, group: 5}"), []
-    train_recipe(path, tmp_path, told.append)
-    (args, options), = trained
-    assert (args[4].chat, args[4].seed, args[4].join, len(args[2])) == (False, 3, "kv", 2) and options == {"group": 5, "on_step": told.append}
+    train_recipe(path, tmp_path, lambda *said: told.append(said))
+    (_, _, problems, decoding, group), = sampled
+    assert (decoding.chat, decoding.seed, decoding.join, decoding.temperature, len(problems), group) == (False, 3, "kv", 1, 2, 5)
+    assert kept[0][0][2] == [tree] and len(told) == 1
+    shutil.rmtree(tmp_path / "mine")   # as if it had been killed before its first checkpoint: nothing is sampled again
+    train_recipe(path, tmp_path)
+    assert len(sampled) == 1 and [t.ids for t in kept[1][0][2]] == [tree.ids]
     with pytest.raises(ValueError, match="mine: a round of self-training has as many steps"): train_recipe(path, tmp_path, steps=2)
 
 
@@ -323,6 +331,50 @@ def test_a_run_that_grows_knows_its_new_problems(paid):
     train_recipe(path, runs, steps=2, seed=1)
     _, _, problems, config, pay, _ = trained[-1][0]
     assert {p.question for p in drawn_problems(problems, config)} <= set(pay.references)
+
+
+@pytest.mark.parametrize("kind", ["pgrpo", "selftrain"])
+def test_a_start_moves_to_the_device_before_it_decodes(kind, monkeypatch, tmp_path):
+    class Elsewhere: device = torch.device("meta")
+    class Seen(Exception): pass
+    def look(model, *_): raise Seen(next(model.parameters()).device.type)
+    monkeypatch.setattr(room, "Accelerator", Elsewhere)
+    for name in ("kept_references", "digest"): monkeypatch.setattr(room, name, look)
+    path = written(tmp_path, f"kind: {kind}\n" + "reward: {speedup: {rho: 1}}\n" * (kind == "pgrpo"))
+    with pytest.raises(Seen, match="meta"): train_recipe(path, tmp_path)
+
+
+def test_an_adapter_on_a_start_that_was_trained_here_can_be_loaded(two_stages):
+    "Its base is saved beside it, and named."
+    (two_stages.parent / "second.yaml").write_text("start: first\nlora: 2\nsampler: {mixture: {small: 1}}\nsteps: 1\nbatch: 2")
+    model, tokenizer, _ = train_recipe("second", two_stages)
+    trained = flat(model.parameters())
+    room.save_trained(model, tokenizer, two_stages / "second" / "policy")
+    again, _ = load_policy(two_stages / "second" / "policy", device="cpu")
+    base = json.loads((two_stages / "second" / "policy" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str((two_stages / "first" / "policy").resolve()) and torch.equal(flat(again.parameters()), trained)
+
+
+def test_another_rank_is_refused_before_anything_is_decoded(monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "kept_references", lambda *_: pytest.fail("it decoded"))
+    path = written(tmp_path, "kind: pgrpo\nstart: tiny-rl\nlora: 3\nreward: {speedup: {rho: 1}}")
+    with pytest.raises(ValueError, match="tiny-rl is an adapter of rank 16"): train_recipe(path, tmp_path)
+
+
+def test_no_precision_in_yaml_is_no(tmp_path):
+    assert load_recipe(written(tmp_path, "kind: pgrpo\nmixed_precision: no")).config.mixed_precision == "no"
+    assert load_recipe(written(tmp_path, "kind: sft\nmixed_precision: bf16")).config.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("text, said", [
+    ("mixed_precision: bf17", "unknown mixed_precision 'bf17': choose no, bf16 or fp16"), ("mixed_precision: yes", "unknown mixed_precision True"),
+    ("limits: {max_tokens: many}", "max_tokens='many': must be a whole number"),
+    ("limits: {most: 3}", "limits={'most': 3}: give some of max_threads, "),
+    ("limits: 30", "limits=30: give some of"), ("knows: {says: x}", "knows={'says': 'x'}: give a pattern, and what it says"),
+    ("knows: [1]", "give a pattern"), ("knows: {pattern: '(', says: x}", "missing \\), unterminated"),
+    ("reward: {speedup: {clip: 1.5}}", "clip=1.5: must be at least 0 and below 1")])
+def test_values_that_would_fail_late(tmp_path, text, said):
+    with pytest.raises(ValueError, match=f"recipe mine.yaml: .*{said}"): load_recipe(written(tmp_path, f"kind: pgrpo\n{text}"))
 
 
 def test_fine_tuning_is_not_paid(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import random
 import threading
 import time
+import warnings
 from contextlib import asynccontextmanager
 
 import pytest
@@ -13,6 +14,7 @@ from test_decode import Script, block, deep_plan, random_plan, same_logprobs
 
 from threadweaver_ref.decode import DecodeConfig, generate
 from threadweaver_ref.forkjoin import Limits
+from threadweaver_ref.model import load_policy
 from threadweaver_ref.remote import Completion, EngineError, RemoteRow, Request, blocking, check_completion, generate_remote
 from threadweaver_ref.tokenizer import control_ids, encode_prompt, encode_text
 
@@ -317,6 +319,20 @@ def test_an_interrupt_within_an_event_loop_ends_the_requests(monkeypatch):
     monkeypatch.setattr(futures.Future, "result", interrupted)
     with pytest.raises(KeyboardInterrupt): asyncio.run(cell())
     assert ended == [True] and time.perf_counter() - began < 5
+
+
+def test_a_question_outside_what_the_model_knows_is_said():
+    model, tokenizer = load_policy("tiny-sft", device="cpu")
+    engine, config = Scripted(model), DecodeConfig("sequential", limits=Limits(max_tokens=5))
+    questions = ["a=7+3x4;b=2+5x3;c=a+b;c?", "Who are you?", "What is love?"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        silent = generate_remote(engine, tokenizer, questions, config)
+    assert not said and not any(r.warnings for r in silent)   # this engine does not know the model's config
+    engine.config = model.config
+    with pytest.warns(UserWarning, match="this policy was trained on") as said: found = generate_remote(engine, tokenizer, questions, config)
+    with pytest.warns(UserWarning): local = generate(model, tokenizer, questions, config)
+    assert len(said) == 1 and [r.warnings for r in found] == [r.warnings for r in local] and [bool(r.warnings) for r in found] == [False, True, True]
 
 
 def test_sequential_bans_control_tokens():

@@ -3,6 +3,9 @@ import json
 import sys
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from threadweaver_ref import cli, serve
 from threadweaver_ref.decode import generate
@@ -17,6 +20,17 @@ from threadweaver_ref.tokenizer import char_tokenizer
 def test_the_public_names_are_here():
     for name in ("CompletionsClient", "BatchingEngine", "generate_remote", "parallel_generate", "serve_check", "save_policy"):
         assert name in serve.__all__ and callable(getattr(serve, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_policy_is_a_plain_model_in_every_precision(tmp_path, dtype):
+    model, tokenizer = load_policy("tiny-rl", device="cpu", dtype=dtype)
+    serve.save_policy(model, tokenizer, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    ids = torch.tensor([tokenizer.encode("a=7+3x4;b=2+5x3;c=a+b;c?")])
+    with torch.no_grad(): off = (plain(ids).logits - model(ids).logits).abs().max()
+    assert off < (1e-4 if dtype == torch.float32 else .5) and not (tmp_path / "adapter_config.json").exists()
+    assert (tmp_path / "custom_generate" / "generate.py").is_file() and isinstance(model, PeftModel)
 
 
 def test_an_adapter_goes_to_every_replica_with_a_salt_of_its_own(tmp_path):
@@ -77,8 +91,13 @@ def test_hits_of_the_prefix_cache_by_hand():
 def test_the_rows_of_what_it_costs():
     "A server that found a quarter of what it was asked for since the last look, and half before."
     model, tokenizer = load_policy("tiny-rl", device="cpu")
-    model, questions, looks = decoding_copy(model), ["a=7+3x4;b=2+5x3;c=a+b;c?"] * 2, []
-    with StandIn(greedy_writer(model)) as server:
+    model, questions, looks, written = decoding_copy(model), ["a=7+3x9;b=2+5x12;c=4-1x8;d=6+2x10;e=a+b;f=c-d;ef?"] * 2, [], []
+    writer = greedy_writer(model)
+    def counted(request):
+        completion = writer(request)
+        written.append(len(completion.ids))
+        return completion
+    with StandIn(counted) as server:
         about = server.about
         def metrics(path):
             if path != "/metrics": return about(path)
@@ -93,8 +112,10 @@ def test_the_rows_of_what_it_costs():
     local, batching, remote = rows
     assert remote["cached"] == .25 and remote["requests"] == batching["requests"] == len(server.bodies) / 2 and local["requests"] is None
     asked = sum(len(b["token_ids"]) for b in server.bodies) / 2
-    once = sum(len(ids) for r in generate(model, tokenizer, questions) for ids in r.tree.ids)
-    assert remote["reading"] == batching["reading"] == round(asked / once, 2) and remote["tokens"] == once and 0 < remote["client"] < 1
+    once, wrote = sum(len(ids) for r in generate(model, tokenizer, questions) for ids in r.tree.ids), sum(written) / 2
+    assert remote["reading"] == batching["reading"] == round((asked + wrote) / once, 2) > 1
+    assert remote["computed"] == round((.75 * asked + wrote) / once, 2) and "computed" not in batching
+    assert remote["tokens"] == once and 0 < remote["client"] < 1
 
 
 def test_a_server_that_writes_otherwise_is_seen():

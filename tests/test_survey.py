@@ -51,6 +51,15 @@ def test_too_many_orders_take_no_time():
     assert not few_orders(chains) and survey([Row(1, chains)], char_length)["not_measured"] == 1
 
 
+def test_long_rows_and_wide_ones_are_left_unmeasured():
+    "A chain of 400 beside a step that needs nothing: the search would go 400 deep. 5,000 steps side by side: two of them have 12 million sets."
+    chain = [Step(f"{i}", (f"{i - 1}",) if i else (), "o", "....") for i in range(400)] + [Step("x", (), "o", "....")]
+    wide = [Step(f"{i}", (), "o", "....") for i in range(5000)]
+    for steps in (chain, wide, wide[:140]):
+        p = Problem("?", "b", "yours", steps, closing="\\boxed{b}")
+        assert not few_orders(p) and survey([Row(1, p)], char_length)["not_measured"] == 1
+
+
 def test_a_survey_by_hand():
     a, b = Step("a", (), "a", "x" * 50), Step("b", (), "b", "y" * 40)
     wide = Problem("w?", "1", "yours", [a, b], closing="\\boxed{1}")

@@ -20,7 +20,7 @@ from threadweaver_ref.train import InFull, TrainConfig, make_optimizers, matrice
 
 @pytest.mark.parametrize("bad", [dict(steps=0), dict(batch=0), dict(micro_tokens=0), dict(save_every=0), dict(join="zip"), dict(lr=-1.), dict(lr=0.),
                                  dict(warmup=2), dict(optimizer="sgd"), dict(attention="sparse"), dict(clip=0.), dict(weight_decay=-1.),
-                                 dict(mixed_precision="fp16", optimizer="muon")])
+                                 dict(mixed_precision="bf17"), dict(mixed_precision=False), dict(mixed_precision="fp16", optimizer="muon")])
 def test_config_is_validated(bad):
     with pytest.raises(ValueError, match=next(iter(bad)) if len(bad) == 1 else "adamw alone"): TrainConfig(**bad)
 
@@ -272,6 +272,28 @@ def test_on_a_cpu_bf16_is_trained_by_products(monkeypatch, precision, by, again)
     log = train_sft(model, TOKENIZER, MIXED, replace(SHORT, steps=2, mixed_precision=precision, gradient_checkpointing=again))
     assert {kind for kind, grad in seen if grad} == {by} and model.config._attn_implementation == "sdpa"
     assert log[-1]["loss"] == pytest.approx(train_sft(fresh(), TOKENIZER, MIXED, replace(SHORT, steps=2, mixed_precision="no"))[-1]["loss"], rel=.02)
+
+
+def test_what_is_asked_without_gradients_is_not_asked_where_scores_are_made(monkeypatch):
+    "Some versions of torch keep, within one autocast, weights that were cast without gradients; then nothing would reach them."
+    model, asked, scoring, score = fresh(), [], [], train._score
+    def spy(*args):
+        scoring.append(True)
+        try: return score(*args)
+        finally: scoring.pop()
+    attend = model.model.layers[0].self_attn.forward
+    def forward(*args, **options):
+        if not torch.is_grad_enabled(): asked.append(bool(scoring))
+        return attend(*args, **options)
+    monkeypatch.setattr(train, "_score", spy)
+    monkeypatch.setattr(model.model.layers[0].self_attn, "forward", forward)
+    train_sft(model, TOKENIZER, MIXED, replace(SHORT, steps=1, mixed_precision="bf16"))
+    assert asked and not any(asked)
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused():
+    model = fresh().requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing is trainable"): train_sft(model, TOKENIZER, MIXED, replace(SHORT, steps=1))
 
 
 def test_flex_attention_is_refused_on_a_cpu():

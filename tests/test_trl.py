@@ -249,6 +249,22 @@ def test_its_health_counts_from_the_start_and_from_each_step(policies, monkeypat
     assert time.time() - worker.beat < 60
 
 
+def test_it_begins_where_a_training_goes_on_and_can_be_started_again(policies, monkeypatch):
+    _, tokenizer = policies["tiny-sft"]
+    worker, steps = ForkJoinRolloutWorker(None, tokenizer, small_ones, CONFIG, first=5), []
+    monkeypatch.setattr(ForkJoinRolloutWorker, "groups", lambda self, step: steps.append(step) or [("p", [], 0)])
+    monkeypatch.setattr(ForkJoinRolloutWorker, "samples", lambda self, problem, rollouts, version, number: [step for step in steps[-1:]] * 40)
+    for _ in range(2):
+        worker.start()
+        found = [worker.rollout_buffer.get(timeout=60) for _ in range(50)]
+        worker.stop()
+        while not worker.rollout_buffer.empty(): worker.rollout_buffer.get()
+        assert worker.failed is None and not worker.thread.is_alive() and len({*found}) == 2
+    first, again = steps[:1], steps[steps.index(steps[0]) + 1:]
+    assert first == [5] and sorted({*steps}) == list(range(5, max(steps) + 1)) and len(again) >= 2
+    assert steps.count(max(s for s in steps if steps.count(s) > 1)) == 2   # the step that it was stopped in is done again
+
+
 def test_settings_that_cannot_be_right(policies):
     tokenizer = policies["tiny-sft"][1]
     cold = PGRPOConfig(temperature=.5)

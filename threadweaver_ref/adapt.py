@@ -68,6 +68,7 @@ class Plan:
         for f in ("sft_steps", "selftrain", "rl_steps", "lora"):
             if (getattr(self, f) or 0) < 0: raise ValueError(f"{f}={getattr(self, f)}: must not be negative")
         if not self.sft_steps + self.selftrain + self.rl_steps: raise ValueError("nothing to do: sft_steps, selftrain and rl_steps are all 0")
+        if self.lora and self.base in SIZES: raise ValueError(f"lora={self.lora}: new weights ({self.base}) are trained whole, leave lora out")
 
 # %% ../nbs/32c_adapt.ipynb #aa77f723
 def forget(model):
@@ -163,6 +164,12 @@ def reinforce(model, tokenizer, rows, plan, folder, on_step=None) -> tuple:
     return adapted if adapted is model else merge_lora(adapted), log
 
 # %% ../nbs/32c_adapt.ipynb #5ff7e877
+def _check_place(place, base):
+    "Raises `ValueError` where a policy is to be saved in the place of its own base, or of what is no policy."
+    if base not in SIZES and Path(find_policy(base)).resolve() == place.resolve():
+        raise ValueError(f"{place} is the base itself: choose another folder")
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())): find_policy(place)
+
 def adapt(
     rows,          # of `read_yours`
     out,           # a folder: checkpoints in `runs`, the policy in `policy`; of a twin in `twin/runs` and `twin/policy`
@@ -172,8 +179,9 @@ def adapt(
 ) -> tuple:
     """Adapt a model to rows, or go on where that was stopped: `(model, tokenizer, {stage: log})`. The policy is saved.
 
-    Raises `ValueError` for rows of which none can be trained on, and for a folder that holds another run."""
+    Raises `ValueError` for rows of which none can be trained on, and for a folder that holds another run, the base, or no policy in `policy`."""
     out, logs = Path(out) / "twin" if plan.twin else Path(out), {}
+    _check_place(out / "policy", plan.base)
     model, tokenizer = start(plan)
     train, faults = usable(rows.of("train"), tokenizer, window_of(model), plan.join)
     if faults and on_faults: on_faults(faults)

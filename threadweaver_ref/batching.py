@@ -49,13 +49,13 @@ class BatchingEngine:
     request: they depend on the neighbours too. Raises `ValueError` for a Transformers without continuous batching."""
     def __init__(
         self,
-        model,        # a causal language model; adapters are merged into a copy
+        model,        # a causal language model; float32 adapters are merged into a copy
         tokenizer,
         memory=None,  # share of the free memory for keys and values
     ):
         self.model, self.tokenizer, self.memory = decoding_copy(model).eval(), tokenizer, memory
         self.stops, self.numbers = stop_ids(model, tokenizer), iter(range(2 ** 62))
-        self.window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.config, self.window = model.config, getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         batching_options(False)   # refuse a Transformers that cannot, now
 
     def __repr__(self): return f"BatchingEngine({type(self.model).__name__}, {self.model.device})"

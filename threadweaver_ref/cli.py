@@ -8,7 +8,7 @@ from typing import Optional
 
 import typer
 
-from threadweaver_ref.cli_adapt import app as adapt_app, in_processes
+from threadweaver_ref.cli_adapt import app as adapt_app, in_processes, writable
 from threadweaver_ref.cli_serve import add_commands
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -83,7 +83,7 @@ def demo(
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.race import picture, race
     from threadweaver_ref.report import plain_table, reports_table
-    _writable(out / "demo.json")
+    writable(out / "demo.json")
     model, tokenizer = load_policy(policy)
     chosen = _mixed(split_problems(domain, "dev", -(-problems // len(families_of(domain)))), problems)[:problems]
     widest = max(chosen, key=lambda p: best_flat(p).sequential / best_flat(p).best if p.steps else 0)
@@ -119,7 +119,7 @@ def evaluate(
     from threadweaver_ref.evaluate import evaluate_all, find_way, named_policies, provenance, public_path, time_all
     from threadweaver_ref.report import plain_table, reports_table
     families, named = {f: draw_split(domain, split, problems, f) for f in family or families_of(domain)}, named_policies(policy, join)
-    if out: _writable(out / "x.jsonl")
+    if out: writable(out / "x.jsonl")
     runs = {f"{n}-{m}": (*loaded, *find_way(m, j, batch, longest)) for n, p, j in named for loaded in [_loaded(p, dtype)] for m in mode}
     given = [*(f"--family '{f}'" for f in family), *(f"--policy {n}" for n, *_ in named), *(f"--mode {m}" for m in mode),
              *(f"--join {j}" for j in join), f"--batch {batch} --timed {timed} --longest {longest}",
@@ -162,7 +162,7 @@ def load(
     from threadweaver_ref.model import load_policy
     from threadweaver_ref.report import plain_table
     mixed = _mixed(split_problems(domain, split, problems), problems)
-    _writable(out / "load.jsonl")
+    writable(out / "load.jsonl")
     given = f"--policy {public_path(policy)} --domain {domain} --split {split} --problems {problems} {' '.join(f'--size {n}' for n in size)}"
     about = provenance(f"threadweaver-ref load {given} --turns {turns} --out {public_path(out)}", seed=0)
     typer.echo(plain_table(load_table(under_load(*load_policy(policy), mixed, size, turns, out / "load.jsonl", about))))
@@ -176,16 +176,8 @@ def gpu(
 ):
     "Measure all that wants a GPU, in parts of at most nine minutes. A stopped part goes on where it was; on a CPU everything is tiny."
     from threadweaver_ref.scale import measure_parts, summary
-    _writable(out / "steps.json")
+    writable(out / "steps.json")
     measure_parts(out, part or (), again, on_part=lambda name, content: typer.echo(summary(name, content)))
-
-
-def _writable(path):
-    "Make the folder of a result, and see that the result can be written there: before it is measured. Raises `OSError` if not."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    path.open("a").close()
-    if new: path.unlink(missing_ok=True)   # several processes may try at once
 
 
 @app.command()
@@ -203,7 +195,7 @@ def train(
     if seed: runs = runs / f"seed-{seed}"
     folder, first = out or runs / recipe.name / "policy", "RANK" not in os.environ
     try:
-        if first: _writable(folder / "config.json")
+        if first: writable(folder / "config.json")
         if first and processes > 1: in_processes(processes)
         model, tokenizer, _ = train_recipe(name, runs, **({"steps": steps} if steps else {}), **({"seed": seed} if seed else {}))
         if saved := save_trained(model, tokenizer, folder): typer.echo(f"saved {' and '.join(map(str, saved))}")

@@ -36,6 +36,14 @@ def in_processes(n):
     raise typer.Exit(subprocess.run([sys.executable, *launch, *sys.argv[1:]], env={**env, **os.environ}).returncode)
 
 
+def writable(path):
+    "Make the folder of a result, and see that the result can be written there: before it is measured. Raises `OSError` if not."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    path.open("a").close()
+    if new: path.unlink(missing_ok=True)   # several processes may try at once
+
+
 def _policy_in(folder):
     "The policy in a folder that `adapt train` was given, or what else was given, as it is."
     return str(Path(folder) / "policy") if (Path(folder) / "policy").is_dir() else folder
@@ -84,16 +92,21 @@ def rewrite(
     url: Optional[str] = typer.Option(None, help="a server of an instruction model, such as http://127.0.0.1:8000: it is asked instead"),
     model: Optional[str] = typer.Option(None, help="its name on the server"),
 ):
-    "Turn texts in one line into steps: by rules (cut at sentences, linked by values and names), or by a model that is asked. Look at some rows!"
+    """Turn texts in one line into steps: by rules (cut at sentences, linked by values and names), or by a model that is asked. Look at some
+    rows! What a killed run had done is in OUT.part."""
     from threadweaver_ref.rewrite import STOPPED, rewrite_rows
     from threadweaver_ref.yourdata import write_yours
     if out.exists() and data.exists() and out.samefile(data): raise ValueError(f"--out {out} is the file itself: choose another name")
     if bool(url) != bool(model): raise ValueError("--url and --model go together: a server, and the name of a model on it")
     found = _read(data)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made, faults = rewrite_rows([r.data for r in found.rows], _asking(url, model) if url else None)
+    writable(out)
+    part = out.with_name(out.name + ".part")   # a model may have been asked for hours
+    with part.open("w", encoding="utf-8") as file:
+        made, faults = rewrite_rows([r.data for r in found.rows], _asking(url, model) if url else None,
+                                    lambda row: print(json.dumps(row, ensure_ascii=False), file=file, flush=True))
     for i, fault in faults: typer.echo(f"{data}, line {found.rows[i - 1].line}: stays as it is: {fault}", err=True)
     write_yours(out, made)
+    part.unlink()
     changed = sum("steps" in new and bool(old.text) for new, old in zip(made, found.rows))
     typer.echo(f"saved {out}: {len(made)} rows, {changed} of them rewritten")
     if faults and faults[-1][1] == STOPPED: raise typer.Exit(130)
@@ -133,11 +146,19 @@ def train(
     more = {"gradient_checkpointing": gradient_checkpointing}
     plan, rank = Plan(base, sft_steps, selftrain, rl_steps, batch, rl_batch, lr, rl_lr, lora, join, twin, seed, **more), os.environ.get("RANK")
     try:
-        if rank is None and processes > 1: in_processes(processes)
+        if rank is None and processes > 1: _look(base, data), in_processes(processes)
         _train(plan, data, out, speaks=rank in (None, "0"))
     except KeyboardInterrupt:
         if rank is None: typer.echo(f"stopped: the same command continues from the last checkpoint under {out}", err=True)
         raise typer.Exit(130) from None
+
+
+def _look(base, data):
+    "Refuses a base or a file that is not there: once, before every process would."
+    from threadweaver_ref.adapt import SIZES, find_policy
+    from threadweaver_ref.yourdata import read_yours
+    if base not in SIZES: find_policy(base)
+    read_yours(data)
 
 
 def _train(plan, data, out, speaks):
@@ -224,6 +245,8 @@ def export(
 ):
     "A merged folder for Transformers and vLLM, read back and compared."
     from threadweaver_ref.adapt import export_policy
+    from threadweaver_ref.serve import save_generate
     off = export_policy(_policy_in(policy), out, dtype)
+    save_generate(out)   # so that `generate(custom_generate=out, trust_remote_code=True)` forks
     typer.echo(f"saved {out}; read back, log-probabilities differ by at most {off:.1e}")
     typer.echo(json.dumps({"transformers": f"AutoModelForCausalLM.from_pretrained({str(out)!r})", "vllm": f"vllm serve {out}"}, indent=1))

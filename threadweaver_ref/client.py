@@ -37,11 +37,12 @@ class CompletionsClient:
         spread=False,       # threads of one rollout on several replicas? Otherwise on one, whose prefix cache knows them
         salt=None,          # of the prefix cache: requests with another salt share nothing
         stops=(),           # further ids that end a text
+        config=None,        # of the model that is served, for a warning where it says what questions it knows
     ):
         found = dict(map(_root, [base_url] if isinstance(base_url, str) else base_url))   # address -> (user, password), or None
         if not found: raise ValueError("no base_url: give that of a server, or of several replicas")
         if dialect is not None and dialect not in DIALECTS: raise ValueError(f"unknown dialect {dialect!r}: choose one of {', '.join(DIALECTS)}")
-        self.urls, self.model, self.spread, self.salt, self.stops = list(found), model, spread, salt, tuple(stops)
+        self.urls, self.model, self.spread, self.salt, self.stops, self.config = list(found), model, spread, salt, tuple(stops), config
         self.concurrency, self.timeout, self.retries, self.backoff = concurrency, timeout, retries, backoff
         self._key, self._users = _checked((api_key or os.environ.get("THREADWEAVER_API_KEY") or "").strip()), found
         self._dialect, self._window, self._failures, self._resting = dialect and DIALECTS[dialect], None, {}, {}

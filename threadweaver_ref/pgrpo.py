@@ -228,6 +228,7 @@ class Speedup:
     until: int | None = None   # the step from which there is no bonus; until then it falls evenly. None: it stays
 
     def __post_init__(self):
+        if not 0 <= self.clip < 1: raise ValueError(f"clip={self.clip}: must be at least 0 and below 1")
         if self.until is not None and self.until < 1: raise ValueError(f"until={self.until}: must be at least 1")
 
     def at(self, step):

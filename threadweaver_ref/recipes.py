@@ -11,23 +11,24 @@ import functools
 import inspect
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from peft import PeftModel
 
-from .checkpoint import digest, training_set
+from .checkpoint import describe, digest, training_set
 from .decode import DecodeConfig
 from .domains import BestFlat, Grouped, RandomForks, Sequential, WheneverReady, allowed, data_dir, find_domain, training_problem
 from .forkjoin import Limits
 from .model import SIZES, add_lora, load_policy, merge_lora, save_policy, shipped_policies, tiny_model
 from .pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies, train_pgrpo
 from .reward import reward
-from .selftrain import self_train
+from .selftrain import kept_trees, sample_kept, train_on_kept
 from .sft import SFTConfig, train_sft
 from .tokenizer import char_tokenizer
 
@@ -77,13 +78,26 @@ def _number(name, value, kind):
     if kind is float and type(value) not in (int, float): raise ValueError(f"{name}={value!r}: must be a number, such as 0.005")
     if kind is int and type(value) is not int: raise ValueError(f"{name}={value!r}: must be a whole number, such as 5")
 
+def _limits(settings):
+    "The `limits` of a recipe, if it has some. Raises `ValueError` for what is none, or an unknown one."
+    limits, known = settings.get("limits", {}), [f.name for f in fields(Limits)]
+    if not isinstance(limits, dict) or set(limits) - set(known): raise ValueError(f"limits={limits!r}: give some of {', '.join(known)} by name")
+    return limits
+
+def _knows(value):
+    "Raises `ValueError` where it is not known what new weights know."
+    if not isinstance(value, dict) or set(value) != {"pattern", "says"}: raise ValueError(f"knows={value!r}: give a pattern, and what it says")
+    re.compile(value["pattern"])
+    return value
+
 def _config(kind, settings):
     "The config of a recipe. Raises `ValueError` for unknown fields and for text in the place of a number."
     if kind not in CONFIGS: raise ValueError(f"unknown kind {kind!r}: choose one of {allowed(CONFIGS)}")
     defaults = {f.name: f.default for f in fields(CONFIGS[kind])}
     if unknown := [k for k in settings if k not in defaults]:
         raise ValueError(f"unknown key {unknown[0]!r}: choose one of {', '.join(_OWN)} or a field of {CONFIGS[kind].__name__}")
-    for k, v in settings.items(): _number(k, v, type(defaults[k]))
+    for k, v in [*settings.items(), *_limits(settings).items()]: _number(k, v, type(defaults.get(k, 0)))
+    if settings.get("mixed_precision") is False: settings = {**settings, "mixed_precision": "no"}   # what YAML makes of no
     if "arrangement" in settings: settings = {**settings, "arrangement": _arrangement(settings["arrangement"])}
     if "limits" in settings: settings = {**settings, "limits": Limits(**settings["limits"])}
     return CONFIGS[kind](**settings)
@@ -118,7 +132,8 @@ def _recipe(name, data):
     if own.get("lora") is not None: _number("lora", own["lora"], int)
     if own.get("kind") == "selftrain" and "steps" in data: raise ValueError("steps: a round of self-training has as many as its rollouts make")
     rollouts = _rollouts(own.get("rollouts", {})) if own.get("kind") == "selftrain" else None
-    return Recipe(name, config, own.get("start", "tiny"), problems, *_paid(own.get("reward", {})), rollouts, own.get("lora"), own.get("knows"))
+    knows = _knows(own["knows"]) if own.get("knows") else None
+    return Recipe(name, config, own.get("start", "tiny"), problems, *_paid(own.get("reward", {})), rollouts, own.get("lora"), knows)
 
 # %% ../nbs/19_recipes.ipynb #c11efd1d
 def recipes() -> dict:
@@ -132,7 +147,7 @@ def load_recipe(
     path = Path(name) if Path(name).suffix == ".yaml" else recipes().get(str(name))
     if path is None or not path.is_file(): raise ValueError(f"unknown recipe {str(name)!r}: choose one of {allowed(recipes())}, or a .yaml file")
     try: return _recipe(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError, yaml.YAMLError) as error:
+    except (TypeError, ValueError, re.error, yaml.YAMLError) as error:
         raise ValueError(f"recipe {path.name}: {' '.join(str(error).split())}") from None
 
 # %% ../nbs/19_recipes.ipynb #d6bc99bb
@@ -147,18 +162,28 @@ def _start(recipe, runs, changes):
         return train_recipe(recipe.start, runs, **{k: v for k, v in changes.items() if k in BOTH})[:2]
     return load_policy(recipe.start, device="cpu")
 
-def _adapted(model, recipe):
-    """The model with what is to be trained: a new adapter; or the start's own, which goes on; without `lora`, all weights, an adapter merged.
+def _same_rank(model, recipe):
+    "Raises `ValueError` where the start is an adapter of another rank."
+    if not recipe.lora or not isinstance(model, PeftModel): return
+    rank = model.peft_config["default"].r
+    if rank != recipe.lora: raise ValueError(f"lora={recipe.lora}: {recipe.start} is an adapter of rank {rank}, which goes on: give lora: {rank}")
 
-    Raises `ValueError` for an adapter of another rank."""
+def _base(model, tokenizer, recipe, runs):
+    "What a new adapter names as its base: the start. One that was trained here, and is no shipped policy, is saved for that."
+    if recipe.start not in recipes() or recipe.start in shipped_policies(): return recipe.start
+    folder = (Path(runs) / recipe.start / "policy").resolve()
+    if PartialState().is_main_process: save_policy(model, tokenizer, folder)
+    return str(folder)
+
+def _adapted(model, tokenizer, recipe, runs):
+    "The model with what is to be trained: a new adapter; or the start's own, which goes on; without `lora`, all weights, an adapter merged."
     if not recipe.lora: return merge_lora(model).requires_grad_() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel):
-        rank = model.peft_config["default"].r
-        if rank != recipe.lora: raise ValueError(f"lora={recipe.lora}: {recipe.start} is an adapter of rank {rank}, which goes on: give lora: {rank}")
         model.set_adapter("default")   # loaded for decoding, its weights were frozen
         return model
+    base = _base(model, tokenizer, recipe, runs)
     model = add_lora(model, recipe.lora, 2 * recipe.lora)
-    model.peft_config["default"].base_model_name_or_path = recipe.start
+    model.peft_config["default"].base_model_name_or_path = base
     return model
 
 def kept_references(model, tokenizer, problems, config) -> dict:
@@ -179,7 +204,10 @@ def _self_trained(model, tokenizer, recipe, config, on_step):
     rng = random.Random(f"{config.seed} self-training")
     problems = [recipe.problems(rng, 0) for _ in range(recipe.rollouts["questions"])]
     decoding = DecodeConfig(join=config.join, temperature=1.0, seed=config.seed, chat=config.chat)
-    return self_train(model, tokenizer, problems, config, decoding, group=recipe.rollouts["group"], on_step=on_step)[1]
+    def sample(): return [r.tree for r in sample_kept(model, tokenizer, problems, decoding, recipe.rollouts["group"])]
+    of = [digest(model), training_set(problems), describe(decoding)]
+    trees = kept_trees(f"{config.folder}-kept.json", of, sample) if config.folder else sample()   # a stopped run goes on with the same ones
+    return train_on_kept(model, tokenizer, trees, config, on_step=on_step)
 
 def train_recipe(
     name,          # of a shipped recipe, or the path of a `.yaml` file
@@ -195,8 +223,10 @@ def train_recipe(
     torch.manual_seed(config.seed)
     model, tokenizer = _start(recipe, runs, changes)
     if getattr(config, "window", None): model.config.max_position_embeddings = config.window   # decoding stops there
+    _same_rank(model, recipe)
+    if recipe.speedup is not None or recipe.rollouts: model.to(Accelerator().device)   # it decodes first
     paid = recipe.reward if recipe.speedup is None else Speedup(kept_references(model, tokenizer, recipe.problems, config), **recipe.speedup)
-    model = _adapted(model, recipe)
+    model = _adapted(model, tokenizer, recipe, runs)
     if recipe.rollouts: return model, tokenizer, _self_trained(model, tokenizer, recipe, config, on_step)
     if isinstance(config, SFTConfig): return model, tokenizer, train_sft(model, tokenizer, recipe.problems, config, on_step)
     return model, tokenizer, train_pgrpo(model, tokenizer, recipe.problems, config, paid, on_step)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .decode import DecodeConfig
+from .decode import DecodeConfig, warned
 from .forkjoin import ForkJoin
 from .joins import get_join
 from .rollout import Row
@@ -240,7 +240,8 @@ def generate_remote(
     """A `Rollout` for every question, as `generate` gives it (TW section 3.2): greedily the same tokens, in other modes the same distribution.
 
     A request that fails ends its rollout alone, with `finish_reason="error"` and the cause in `errors`. Steps are counted as if every
-    branch were decoded at once. Raises `ValueError` for what is no question and for settings that only a decoder of our own can serve."""
+    branch were decoded at once. Raises `ValueError` for what is no question and for settings that only a decoder of our own can serve. Warns
+    of a question outside what the model says that it knows, where the engine has the model's `config`."""
     if isinstance(questions, str): raise ValueError("questions must be a list of strings, not one string")
     _check(config)
     questions = [tuple(q) if isinstance(q, list) else q for q in questions]
@@ -255,4 +256,4 @@ def generate_remote(
     with tqdm(total=len(rows), desc=f"decoding, {config.mode}", disable=not progress, mininterval=0.5) as bar:
         found = blocking(_all(engine, rows, config, seconds, bar, stats)) if rows else []
     stats["seconds"] = time.perf_counter() - began
-    return found
+    return warned(found, engine)

@@ -199,6 +199,7 @@ STOPPED = "stopped here: so do all rows behind it; `adapt rewrite` of the new fi
 def rewrite_rows(
     rows,      # as plain data; those without a text stay as they are, and so do those that fork
     ask=None,  # f(prompt) -> reply; None: by rules
+    on_row=None,  # called with every row, as it is done
 ) -> tuple:
     """(the rows, what could not be rewritten and why: `[(number from 1, line), ...]`). A row that could not stays as it is, whatever `ask` raised.
 
@@ -206,8 +207,9 @@ def rewrite_rows(
     found, faults, expected = [], [], Exception if ask else ValueError
     for i, row in enumerate(rows, 1):
         found.append(row)
-        if "text" not in row or "<Parallel>" in row["text"]: continue
-        try: found[-1] = rewrite_with(ask, row) if ask else rewrite(row)
+        try:
+            if "text" in row and "<Parallel>" not in row["text"]: found[-1] = rewrite_with(ask, row) if ask else rewrite(row)
         except expected as error: faults.append((i, " ".join(str(error).split()) or type(error).__name__))
         except KeyboardInterrupt: return [*found, *rows[i:]], [*faults, (i, STOPPED)]
+        if on_row: on_row(found[-1])
     return found, faults

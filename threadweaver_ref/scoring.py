@@ -36,7 +36,8 @@ def collate(
     Raises `ValueError` for a mask of more numbers than `limit`."""
     n = max(map(len, packed))
     if len(packed) * n * n > limit:
-        raise ValueError(f"a dense mask for {len(packed)} x {n:,} tokens has more than {limit:,} numbers: use collate_blocks and flex_attention")
+        raise ValueError(f"a dense mask for {len(packed)} x {n:,} tokens has more than {limit:,} numbers: use collate_blocks and flex_attention "
+                         "(in a training attention='flex', on CUDA), or fewer tokens")
     mask = torch.eye(n, dtype=torch.bool).repeat(len(packed), 1, 1)   # (P, N, N): padding sees itself
     for i, p in enumerate(packed): mask[i, :len(p), :len(p)] = tree_mask(p)
     batch = {"attention_mask": additive(mask.to(device), dtype)[:, None]}   # (P, 1, N, N)

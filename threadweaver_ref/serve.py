@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastcore.basics import patch
+from peft import PeftModel
 
 from . import model as policies
 from .batching import BatchingEngine
@@ -64,7 +65,7 @@ def save_policy(
     folder,     # made where it is missing
 ):
     "Save a plain model, its tokenizer and `custom_generate/`: for servers, pipelines, `generate(custom_generate=folder, trust_remote_code=True)`."
-    policies.save_policy(policies.decoding_copy(model), tokenizer, folder)
+    policies.save_policy(policies.merge_lora(copy.deepcopy(model)) if isinstance(model, PeftModel) else model, tokenizer, folder)
     save_generate(folder)
 
 # %% ../nbs/36_serve.ipynb #72f7a1cc
@@ -100,15 +101,19 @@ def cost_row(
     run,            # f(stats) -> rollouts, such as a call of `generate_remote`
     client=None,    # a server's, for its cache
 ) -> dict:
-    "Seconds, requests, tokens in them over tokens of the trees, share of them in the prefix cache, and share of the seconds outside requests."
+    """Seconds, requests, and the share of the seconds outside requests. `reading`: all tokens that pass the model, those in the requests and those
+    written, over those of the trees; `cached`: the share of the requests' tokens in the server's prefix cache; `computed`: `reading` without them."""
     stats, before, began = {}, cache_hits(client) if client else (None, None), time.perf_counter()
     rollouts = run(stats)
     seconds, once = time.perf_counter() - began, sum(len(ids) for r in rollouts for ids in r.tree.ids)
     row = {"way": name, "seconds": round(seconds, 1), "requests": stats.get("requests"), "tokens": once}
-    if "requests" in stats: row.update(reading=round(stats["prompt_tokens"] / once, 2), client=round(stats["client_seconds"] / seconds, 4))
+    if "requests" not in stats: return row
+    written, asked = sum(len(ids) for r in rollouts for ids, s in zip(r.tree.ids, r.tree.sampled) if s), stats["prompt_tokens"]
+    row.update(reading=round((asked + written) / once, 2), client=round(stats["client_seconds"] / seconds, 4))
     after = cache_hits(client) if client else (None, None)
-    if after[0] and after[0] > before[0]: row["cached"] = round((after[1] - before[1]) / (after[0] - before[0]), 3)
-    return row
+    if not after[0] or after[0] <= before[0]: return row
+    cached = (after[1] - before[1]) / (after[0] - before[0])
+    return {**row, "cached": round(cached, 3), "computed": round(((1 - cached) * asked + written) / once, 2)}
 
 def cost_rows(model, tokenizer, questions: list, client=None, config=DecodeConfig(batch=100)) -> tuple:
     "(rows, are all texts the same?): the local decoder, continuous batching, and the server of `client`, on the same questions."

@@ -118,12 +118,15 @@ def few_orders(
     problem,
     most=3000,  # sets of finished steps
 ) -> bool:
-    "Has a problem so few sets of finished steps that its best flat schedule can be searched?"
-    sets = now = {frozenset()}
+    "Has a problem so few sets of finished steps, and at most 150 steps, that its best flat schedule can be searched?"
+    if len(problem.steps) > 150: return False   # the search goes as deep as there are steps
+    now, seen = {frozenset()}, 1
     while now:
-        now = {done | {s.name} for done in now for s in problem.steps if s.name not in done and done.issuperset(s.needs)}
-        sets = sets | now
-        if len(sets) > most: return False
+        larger = set()   # by one step
+        for done in now:
+            larger |= {done | {s.name} for s in problem.steps if s.name not in done and done.issuperset(s.needs)}
+            if seen + len(larger) > most: return False
+        now, seen = larger, seen + len(larger)
     return True
 
 # %% ../nbs/32a_survey.ipynb #485532bc

@@ -66,6 +66,8 @@ def check_settings(config):
         if getattr(config, f) not in known: raise ValueError(f"unknown {f} {getattr(config, f)!r}: choose {' or '.join(known)}")
     if config.mixed_precision == "fp16" and config.optimizer == "muon":   # accelerate would scale back twice: muon comes with a second optimiser
         raise ValueError("mixed_precision='fp16' trains with adamw alone: choose it, or bf16, or no")
+    if config.mixed_precision not in (None, "no", "bf16", "fp16"):
+        raise ValueError(f"unknown mixed_precision {config.mixed_precision!r}: choose no, bf16 or fp16, or leave it out")
     get_join(config.join)
 
 # %% ../nbs/14_train.ipynb #70835984
@@ -110,11 +112,12 @@ class InFull(TorchFunctionMode):
         return args[0].float() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
 
 def make_optimizers(model, config, cuda=False) -> list:
-    "AdamW, for what it is to train, and Muon for the rest."
+    "AdamW, for what it is to train, and Muon for the rest. Raises `ValueError` for a model of which nothing is trained."
     inner = matrices(model) if config.optimizer == "muon" else []
     rest = [p for p in model.parameters() if p.requires_grad and not any(p is m for m in inner)]
     found = [torch.optim.AdamW(rest, config.lr, config.betas, weight_decay=config.weight_decay, fused=cuda)] if rest else []
     if inner: found.append(torch.optim.Muon(inner, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    if not found: raise ValueError('nothing is trainable: an adapter that was loaded is frozen, call model.set_adapter("default"), or add_lora')
     return found
 
 # %% ../nbs/14_train.ipynb #cfbc372b
@@ -173,6 +176,7 @@ def _backward(setup, groups, loss_of, count, banned, temperature):
     mine = shard(groups, accelerator.process_index, accelerator.num_processes)
     total = torch.zeros((), device=accelerator.device)
     with by_products(setup.model, accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"):
+        with accelerator.autocast(): check_model(setup.model)   # of its own: autocast may keep weights that were cast without gradients
         for i, (group, weight) in enumerate(mine, 1):
             with nullcontext() if i == len(mine) else accelerator.no_sync(setup.model):   # gradients are exchanged with the last
                 loss = weight * loss_of(group, _score(setup, group, banned, temperature), count)

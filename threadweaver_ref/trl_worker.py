@@ -55,6 +55,7 @@ class ForkJoinRolloutWorker:
         config=PGRPOConfig(),   # problems a step, group, join, limits, seed, normalize
         reward=reward,          # f(rollout, problem) -> float
         ahead=64,    # rows that may wait in the queue
+        first=0,     # the step to begin with, of a training that goes on; stopped and started again, it goes on with the step it was in
     ):
         if config.temperature != 1: raise ValueError(f"temperature={config.temperature}: must be 1, as the engine's log-probabilities are")
         if config.sequential: raise ValueError(f"sequential={config.sequential}: must be 0, all rollouts of a step are in one mode")
@@ -62,10 +63,11 @@ class ForkJoinRolloutWorker:
         self.write, self.tokenizer, self.problems, self.config, self.reward = write, tokenizer, problems, config, reward
         self.rollout_buffer, self.metrics_queue = queue.Queue(ahead), queue.Queue()
         self.version, self.beat, self.failed = 0, time.time(), None
-        self.stopping, self.thread = threading.Event(), None
+        self.stopping, self.thread, self.step = threading.Event(), None, first
 
     def start(self):
         self.beat = time.time()
+        self.stopping.clear()
         self.thread = threading.Thread(target=self._run, name="fork-join-rollouts", daemon=True)
         self.thread.start()
 
@@ -115,10 +117,11 @@ def _run(self:ForkJoinRolloutWorker):
     "Fill the queue until it is stopped."
     numbers = count()
     try:
-        for step in count():
-            for problem, rollouts, version in self.groups(step):
+        while True:
+            for problem, rollouts, version in self.groups(self.step):
                 for sample in self.samples(problem, rollouts, version, next(numbers)): self._put(sample)
             if self.stopping.is_set(): return
+            self.step += 1
     except Exception as error: self.failed = error
 
 @patch
