@@ -246,15 +246,15 @@ def ask(self:Story, told) -> tuple | None:
     return self.rng.choice([self.total, *[self.most] * 6 * (len(ends) == len(self.facts) > 2), *[self.gap] * (len(ends) == 2)])(*ends)
 
 @patch
-def problem(self:Story, family="") -> Problem | None:
-    "The problem of all facts. None where an amount is too small or too large, or the largest is none."
+def problem(self:Story, family="", shuffled=.15) -> Problem | None:
+    "The problem of all facts, told in any order with a chance of `shuffled`. None for too small or too large an amount, or no largest."
     rng, s = self.rng, self.situation
-    facts = rng.sample(self.facts, len(self.facts)) if rng.random() < .15 else self.facts
-    told = [f.who for f in facts]
-    if not (asked := self.ask(told)) or not all(2 <= v <= MOST for v in (asked[2], *self.values.values())): return None
+    facts = rng.sample(self.facts, len(self.facts)) if rng.random() < shuffled else self.facts
+    if not (asked := self.ask([f.who for f in facts])) or not all(2 <= v <= MOST for v in (asked[2], *self.values.values())): return None
     question, last, answer = asked
     text = [rng.choice(s.intros), *(f.tell(s) for f in facts)]
     text = [question, *text] if rng.random() < .15 else [*text, question]
     steps, as_told = [], [step for f in facts for step in self.steps[f.who]]
-    while ready := ready_steps(as_told, {s.name for s in steps}): steps.append(ready[0])
+    def follows(step): return bool(steps) and steps[-1].name in step.needs
+    while ready := ready_steps(as_told, {s.name for s in steps}): steps.append(max(ready, key=follows))   # of several, the first
     return Problem(" ".join(text), answer, "words", [*steps, *last], "", f" The answer is \\boxed{{{answer}}}.", family)

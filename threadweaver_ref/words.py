@@ -116,11 +116,12 @@ def mixture(
     step=0,         # of training
     small=.5,       # share of small problems
     often=None,     # family -> how many times as often as the others it is drawn
+    shuffled=.15,   # share whose facts are told in any order
     exercises_until=0,  # at first all problems are exercises, fewer with each step; from this step on, one in ten. 0: none ever
 ) -> Problem:
     "A training problem of any family, in a trained situation: a sampler f(rng, step). Raises `ValueError` for an unknown family."
     if exercises_until and rng.random() < max(.1, 1 - step / exercises_until): return exercises(rng)
-    return training_problem(rng, step, "words", FAMILIES, often, small=rng.random() < small)
+    return training_problem(rng, step, "words", FAMILIES, often, small=rng.random() < small, shuffled=shuffled)
 
 # %% ../nbs/31_words.ipynb #a8c17c19
 @domain(families={new + f: FAMILIES[f] for new in ("", NEW) for f in FAMILIES}, samplers={"mixture": mixture}, split=words_split)
@@ -129,6 +130,7 @@ def words(
     family=None,     # one of `FAMILIES`, or one behind `NEW`; None: any of `FAMILIES`
     small=False,     # short ones
     situation=None,  # name of one; None: any that is trained on, for a new family any that is held out
+    shuffled=.15,    # share of problems whose facts are told in any order
 ) -> Problem:
     "Word problems with a known graph. Raises `ValueError` for an unknown family or situation."
     family = family or rng.choice([*FAMILIES])
@@ -137,4 +139,4 @@ def words(
     if situation not in (None, *SITUATIONS): raise ValueError(f"unknown situation {situation!r}: choose one of {allowed(SITUATIONS)}")
     told_in = situation or rng.choice(situation_names(held=new))
     while True:
-        if found := FAMILIES[kind](rng, SITUATIONS[told_in], small).problem(family): return found
+        if found := FAMILIES[kind](rng, SITUATIONS[told_in], small).problem(family, shuffled): return found
