@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from threadweaver_ref import adapt as adapting
-from threadweaver_ref import cli
+from threadweaver_ref import cli, selftrain
 from threadweaver_ref.adapt import (Plan, adapt, answer_limits, evaluation_problems, export_policy, fine_tune, forget, measure, pgrpo_config,
                                     sft_config, start, trained_join, usable)
 from threadweaver_ref.domains import Problem, RandomForks, Sequential, Step, training_problem, write_rows
@@ -136,8 +136,8 @@ def test_a_start_moves_to_the_device_before_it_decodes(rows, monkeypatch):
     class Seen(Exception): pass
     def look(model, *_, **__): raise Seen(next(model.parameters()).device.type)
     monkeypatch.setattr(adapting, "Accelerator", Elsewhere)
-    for name, stage in (("kept_references", adapting.reinforce), ("digest", adapting.train_itself)):
-        monkeypatch.setattr(adapting, name, look)
+    for owner, name, stage in ((adapting, "kept_references", adapting.reinforce), (selftrain, "digest", adapting.train_itself)):
+        monkeypatch.setattr(owner, name, look)
         with pytest.raises(Seen, match="meta"): stage(*start(Plan("mini")), rows.rows, Plan("mini", selftrain=1), "unused")
 
 
@@ -147,7 +147,7 @@ def test_a_killed_self_training_goes_on_with_its_trees(rows, tmp_path, monkeypat
     whole, _, logs = adapt(rows, tmp_path, plan)
     shutil.rmtree(tmp_path / "runs" / "selftrain")   # as if it had been killed before its first checkpoint
     def refuse(*args, **options): raise AssertionError("sampled again")
-    monkeypatch.setattr(adapting, "sample_kept", refuse)
+    monkeypatch.setattr(selftrain, "sample_kept", refuse)
     again, _, more = adapt(rows, tmp_path, plan)
     assert same(whole, again) and more["selftrain"][0]["loss"] == logs["selftrain"][0]["loss"]
     with pytest.raises(AssertionError): adapt(rows, tmp_path, replace(plan, selftrain=5))
@@ -187,8 +187,8 @@ def test_what_each_stage_is_handed(rows, tmp_path, monkeypatch):
     handed = {}
     def take(name, result): return lambda *args, **options: handed.update({name: args}) or result
     monkeypatch.setattr(adapting, "train_sft", take("sft", [{}]))
-    monkeypatch.setattr(adapting, "sample_kept", take("sampled", []))
-    monkeypatch.setattr(adapting, "kept_trees", lambda path, of, sample: sample())
+    monkeypatch.setattr(selftrain, "sample_kept", take("sampled", []))
+    monkeypatch.setattr(selftrain, "kept_trees", lambda path, of, sample: sample())
     monkeypatch.setattr(adapting, "train_on_kept", take("kept", [{}]))
     monkeypatch.setattr(adapting, "train_pgrpo", take("rl", [{}]))
     monkeypatch.setattr(adapting, "kept_references", lambda model, tokenizer, problems, config: {p.question: 100 for p in problems})

@@ -12,7 +12,7 @@ from helpers import spied
 from training import adapters, flat
 from transformers import AutoModelForCausalLM
 
-from threadweaver_ref import cli
+from threadweaver_ref import cli, selftrain
 from threadweaver_ref import recipes as room
 from threadweaver_ref.checkpoint import describe
 from threadweaver_ref.domains import DOMAINS, Problem, RandomForks, Sequential, WheneverReady, allowed, domain, find_domain, split_of
@@ -296,11 +296,11 @@ def test_references_under_other_limits_are_not_taken(paid, other):
 def test_a_round_of_self_training_is_sampled_as_it_is_trained(monkeypatch, tmp_path):
     "With or without the chat template; and each step is told of."
     sampled, tree = [], replay([Text("1")], [0], char_tokenizer())
-    monkeypatch.setattr(room, "sample_kept", lambda *args: sampled.append(args) or [SimpleNamespace(tree=tree)])
+    monkeypatch.setattr(selftrain, "sample_kept", lambda *args: sampled.append(args) or [SimpleNamespace(tree=tree)])
     kept = spied(monkeypatch, room, "train_on_kept")
     path, told = written(tmp_path, "kind: selftrain\nchat: false\nseed: 3\njoin: kv\nrollouts: {questions: 2, group: 5}"), []
     train_recipe(path, tmp_path, lambda *said: told.append(said))
-    (_, _, problems, decoding, group), = sampled
+    (_, _, problems, decoding, group, _), = sampled
     assert (decoding.chat, decoding.seed, decoding.join, decoding.temperature, len(problems), group) == (False, 3, "kv", 1, 2, 5)
     assert kept[0][0][2] == [tree] and len(told) == 1
     shutil.rmtree(tmp_path / "mine")   # as if it had been killed before its first checkpoint: nothing is sampled again
@@ -339,7 +339,7 @@ def test_a_start_moves_to_the_device_before_it_decodes(kind, monkeypatch, tmp_pa
     class Seen(Exception): pass
     def look(model, *_): raise Seen(next(model.parameters()).device.type)
     monkeypatch.setattr(room, "Accelerator", Elsewhere)
-    for name in ("kept_references", "digest"): monkeypatch.setattr(room, name, look)
+    for owner, name in ((room, "kept_references"), (selftrain, "digest")): monkeypatch.setattr(owner, name, look)
     path = written(tmp_path, f"kind: {kind}\n" + "reward: {speedup: {rho: 1}}\n" * (kind == "pgrpo"))
     with pytest.raises(Seen, match="meta"): train_recipe(path, tmp_path)
 

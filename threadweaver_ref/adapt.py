@@ -20,7 +20,6 @@ from accelerate import Accelerator, PartialState
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .checkpoint import describe, digest, training_set
 from .decode import DecodeConfig
 from .domains import RandomForks, Sequential
 from .evaluate import evaluate_all
@@ -31,7 +30,7 @@ from .model import SIZES, add_lora, find_policy, load_policy, merge_lora, save_p
 from .pgrpo import PGRPOConfig, Speedup, train_pgrpo
 from .recipes import kept_references
 from .report import text_length
-from .selftrain import kept_trees, sample_kept, train_on_kept
+from .selftrain import kept_round, train_on_kept
 from .sft import SFTConfig, train_sft
 from .survey import few_orders, fork_sizes, join_faults, least_budget, token_faults, training_items
 from .tokenizer import char_tokenizer
@@ -150,9 +149,8 @@ def train_itself(model, tokenizer, rows, plan, folder) -> list:
     chosen = random.Random(f"{plan.seed} self-training").sample(rows, min(plan.selftrain, len(rows)))
     problems, sft = [r.problem for r in chosen], sft_config(plan, model, folder)
     decoding = DecodeConfig("sequential" if plan.twin else "parallel", plan.join, 1.0, limits=answer_limits(rows, tokenizer), seed=plan.seed)
-    def sample(): return [r.tree for r in sample_kept(model, tokenizer, problems, decoding, 4, _fastest)]
-    of = [digest(model), training_set(problems), describe(decoding)]
-    return train_on_kept(model, tokenizer, kept_trees(f"{folder}-kept.json", of, sample), replace(sft, lr=sft.lr / 10))
+    trees = kept_round(model, tokenizer, problems, decoding, 4, _fastest, f"{folder}-kept.json")
+    return train_on_kept(model, tokenizer, trees, replace(sft, lr=sft.lr / 10))
 
 def reinforce(model, tokenizer, rows, plan, folder, on_step=None) -> tuple:
     "The third stage: (model, log). A model without adapters is given some, which are merged at the end."

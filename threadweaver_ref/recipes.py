@@ -21,14 +21,14 @@ import yaml
 from accelerate import Accelerator, PartialState
 from peft import PeftModel
 
-from .checkpoint import describe, digest, training_set
+from .checkpoint import digest, training_set
 from .decode import DecodeConfig
 from .domains import BestFlat, Grouped, RandomForks, Sequential, WheneverReady, allowed, data_dir, find_domain, training_problem
 from .forkjoin import Limits
 from .model import SIZES, add_lora, load_policy, merge_lora, save_policy, shipped_policies, tiny_model
 from .pgrpo import PGRPOConfig, Speedup, drawn_problems, reference_latencies, train_pgrpo
 from .reward import reward
-from .selftrain import kept_trees, sample_kept, train_on_kept
+from .selftrain import kept_round, train_on_kept
 from .sft import SFTConfig, train_sft
 from .tokenizer import char_tokenizer
 
@@ -204,9 +204,7 @@ def _self_trained(model, tokenizer, recipe, config, on_step):
     rng = random.Random(f"{config.seed} self-training")
     problems = [recipe.problems(rng, 0) for _ in range(recipe.rollouts["questions"])]
     decoding = DecodeConfig(join=config.join, temperature=1.0, seed=config.seed, chat=config.chat)
-    def sample(): return [r.tree for r in sample_kept(model, tokenizer, problems, decoding, recipe.rollouts["group"])]
-    of = [digest(model), training_set(problems), describe(decoding)]
-    trees = kept_trees(f"{config.folder}-kept.json", of, sample) if config.folder else sample()   # a stopped run goes on with the same ones
+    trees = kept_round(model, tokenizer, problems, decoding, recipe.rollouts["group"], path=config.folder and f"{config.folder}-kept.json")
     return train_on_kept(model, tokenizer, trees, config, on_step=on_step)
 
 def train_recipe(
